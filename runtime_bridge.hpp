@@ -1,0 +1,5472 @@
+// runtime_bridge.hpp - 0.1.0 - call asynchronous code from synchronous code, from any thread, and get a value or an error.
+//
+// One header, C++20, no dependencies. It is a bridge, a small single-thread scheduler with tasks, timers and channels, and
+// the glue between threads and coroutines. It is not a thread pool, not an I/O library and not a replacement for Asio: plug
+// your own I/O in through `driver`, or a callback API through `oneshot`.
+//
+// CONTENTS (search for the tags)
+//   >>core.config    hooks, compiler probes, port         >>core.foreign   awaitables of other libraries
+//   >>core.base      panic, log hook                      >>core.combine   when_any, when_all, with_timeout, task_group
+//   >>core.expected  unexpected, expected, errors         >>core.blocking  run_blocking
+//   >>core.sched     scheduler, timers, join_handle       >>core.cancel    cancellation_token
+//   >>core.clock     manual_clock                         >>core.sync      notify, semaphore, oneshot, channel
+//   >>core.task      task<T>                              >>bridge         runtime_bridge
+//
+// QUICK START
+//   rtb::task<int> answer() {
+//       co_await rtb::sleep_for(std::chrono::milliseconds(10));
+//       co_return 42;
+//   }
+//   int main() {
+//       rtb::runtime_bridge bridge;                                 // one worker thread
+//       rtb::expected<int, rtb::bridge_error> r = bridge.block_on(answer());  // from any thread, also from other runtimes
+//       return r.value() == 42 ? 0 : 1;
+//   }
+//
+// RULES PEOPLE BREAK
+//   * g++ 12.1 and 12.2 miscompile `if (co_await x)` and `while (co_await x)` in a coroutine without local variables, and
+//     destroy twice a capturing lambda or an aggregate that is created inside a co_await expression. Name it first:
+//     `auto v = co_await x; if (v) ...`, `auto f = [x] {...}; co_await run(f);`. No `auto [a, b] = co_await x` either.
+//   * A coroutine must not block its scheduler: no sleep, no .wait(), no *_blocking inside a task. See stall_threshold.
+//   * Pass the lambda, not the coroutine that it returned: bridge.block_on([&]() -> rtb::task<int> {...}). We keep a callable
+//     alive beside its coroutine; a capturing lambda that was called already dangles.
+//   * A task that was given a deadline (block_on_for, block_on_until) must not refer to the caller's stack: the call returns
+//     at the deadline even if the task is in mid-step. block_on waits for the task, so there [&] is safe.
+//   * A blocking call from the worker itself would wait for ever: it is `would_deadlock`. Use co_await there.
+//   * Whatever a foreign operation refers to must live as long as the operation, not as long as the task that awaits it.
+//   * alignas on a variable is ignored in coroutines by g++ 12: put it on the type.
+//
+// CONFIGURATION (define before the first include, identically in every TU; RTB_CONFIG_ID names variants)
+//   RTB_PANIC(msg)        print and abort       what happens instead of a throw without exceptions; must not return
+//   RTB_ASSERT(c, msg)    RTB_PANIC in debug    checks of preconditions
+//   RTB_ALLOC(n) / RTB_FREE(p)   ::operator new / delete   memory of coroutine frames
+//   RTB_FRAME_ALIGN       64                    alignment of frames, a power of two; part of the inline namespace if changed
+//   RTB_NO_THREADS        -                     the single-threaded port: no <thread>, no <mutex>; schedulers are pumped
+//   RTB_PORT_HEADER       -                     your own port; see tests/ports
+//   RTB_CONFIG_ID         empty                 appended to the inline namespace, e.g. _mygame
+//
+// ERRORS    Expected outcomes are values: rtb::expected<T, X_error>. Exceptions pass through to whoever waits; misuse of a task
+//           throws bad_task, bad arguments std::invalid_argument. Without exceptions these call RTB_PANIC.
+// THREADS   A scheduler is run by one thread at a time; a coroutine runs on its scheduler's thread, always. Signalling
+//           (send, notify, release, cancel) is allowed from any thread; awaiting happens in tasks.
+// MEMORY    One block per task: frame, result and join state. Awaiting, timers and channels allocate nothing.
+//
+// BREAKING CHANGES
+//   0.1.0  first release
+//
+// SPDX-License-Identifier: MIT (the text is in LICENSE)
+
+#if defined(RTB_RUNTIME_BRIDGE_VERSION)
+#if RTB_RUNTIME_BRIDGE_VERSION != 100
+#error "rtb: two different versions of runtime_bridge.hpp in one translation unit"
+#endif
+#else
+#define RTB_RUNTIME_BRIDGE_VERSION 100  // major*10000 + minor*100 + patch; CMake and Meson read this line
+
+// >>core-begin   Byte-identical in runtime_bridge.hpp and concurrency.hpp. Edit it in runtime_bridge.hpp, then run
+//                tests/core_sync.py --write. Both headers may be included, in any order.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.config   hooks, compiler probes, port
+// ---------------------------------------------------------------------------------------------------------------------
+// Internal macros. They live outside the version guard because both headers use them, and go away at the end of each.
+#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+#define RTB_DETAIL_EXCEPTIONS 1
+#define RTB_DETAIL_TRY try
+#define RTB_DETAIL_CATCH_ALL catch (...)
+#define RTB_DETAIL_THROW(exception, message) throw exception
+#define RTB_DETAIL_RETHROW throw
+#define RTB_DETAIL_NX
+#else
+#define RTB_DETAIL_EXCEPTIONS 0
+#define RTB_DETAIL_TRY if (true)
+#define RTB_DETAIL_CATCH_ALL else
+#define RTB_DETAIL_THROW(exception, message) RTB_PANIC(message)
+#define RTB_DETAIL_RETHROW static_cast<void>(0)
+#define RTB_DETAIL_NX _nx
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define RTB_DETAIL_NOINLINE __attribute__((noinline))
+#else
+#define RTB_DETAIL_NOINLINE
+#endif
+
+#if !defined(RTB_CORE_VERSION)
+#define RTB_CORE_VERSION 100
+
+#if !defined(__cpp_impl_coroutine) && !defined(__cpp_coroutines)
+#error "rtb needs C++20 coroutines: g++ 11 or newer (-std=c++20), clang 14 or newer"
+#endif
+
+#include <chrono>        // duration, time_point
+#include <coroutine>     // coroutine_handle
+#include <cstddef>       // size_t
+#include <cstdint>       // uint64_t
+#include <cstdio>        // the default log handler
+#include <cstdlib>       // abort
+#include <cstring>       // memcpy of names
+#include <exception>     // exception_ptr
+#include <memory>        // allocator_traits
+#include <new>           // placement new
+#include <optional>      // recv()
+#include <stdexcept>     // invalid_argument
+#include <string>        // names
+#include <string_view>   // names
+#include <system_error>  // error_code
+#include <tuple>         // when_all
+#include <type_traits>
+#include <utility>
+#include <variant>       // monostate, when_any_result
+#include <vector>        // blocking pool
+
+#ifndef RTB_FRAME_ALIGN
+#define RTB_FRAME_ALIGN 64  // locals of a type aligned up to this are aligned in every coroutine
+#endif
+#ifndef RTB_ALLOC
+#define RTB_ALLOC(size) ::operator new(size)  // coroutine frames; at least 16 byte alignment; null or an exception when full
+#define RTB_FREE(pointer) ::operator delete(pointer)
+#endif
+#ifndef RTB_PANIC
+#define RTB_PANIC(message) ::rtb::detail::default_panic(message)  // must not return
+#endif
+#ifndef RTB_ASSERT
+#if defined(NDEBUG)
+#define RTB_ASSERT(condition, message) static_cast<void>(0)
+#else
+#define RTB_ASSERT(condition, message) ((condition) ? static_cast<void>(0) : RTB_PANIC(message))
+#endif
+#endif
+#ifndef RTB_CONFIG_ID
+#define RTB_CONFIG_ID
+#endif
+
+// The port: everything that either header knows about threads, locks, clocks and the operating system. A replacement
+// (RTB_PORT_HEADER) defines the same names in namespace rtb_port and RTB_PORT_ID, which becomes part of the library's
+// inline namespace, so that two ports in one program stay apart.
+// >>port-begin
+#if defined(RTB_PORT_HEADER)
+#include RTB_PORT_HEADER
+#elif defined(RTB_NO_THREADS)
+#include <atomic>  // memory_order
+#define RTB_PORT_ID _st
+namespace rtb_port {
+inline namespace single_thread {
+inline constexpr bool has_threads = false;
+struct mutex {
+    void lock() noexcept {}
+    void unlock() noexcept {}
+    bool try_lock() noexcept { return true; }
+};
+class unique_lock {
+    mutex* m_;
+
+public:
+    explicit unique_lock(mutex& m) noexcept : m_(&m) {}
+    unique_lock(const unique_lock&) = delete;
+    unique_lock& operator=(const unique_lock&) = delete;
+    void lock() noexcept { m_->lock(); }
+    void unlock() noexcept { m_->unlock(); }
+};
+using steady_clock = std::chrono::steady_clock;
+struct condition_variable {  // nobody else could ever notify, so a wait ends at once; callers re-check their predicate
+    void notify_one() noexcept {}
+    void notify_all() noexcept {}
+    void wait(unique_lock&) noexcept {}
+    void wait_until(unique_lock&, steady_clock::time_point t) noexcept {
+        while (steady_clock::now() < t) {
+        }
+    }
+};
+template <class T> class atomic {
+    T v_;
+
+public:
+    constexpr atomic(T v = T{}) noexcept : v_(v) {}
+    atomic(const atomic&) = delete;
+    atomic& operator=(const atomic&) = delete;
+    T load(std::memory_order = std::memory_order_seq_cst) const noexcept { return v_; }
+    void store(T v, std::memory_order = std::memory_order_seq_cst) noexcept { v_ = v; }
+    T exchange(T v, std::memory_order = std::memory_order_seq_cst) noexcept { return std::exchange(v_, v); }
+    T fetch_add(T d, std::memory_order = std::memory_order_seq_cst) noexcept { return std::exchange(v_, static_cast<T>(v_ + d)); }
+    T fetch_sub(T d, std::memory_order = std::memory_order_seq_cst) noexcept { return std::exchange(v_, static_cast<T>(v_ - d)); }
+    T fetch_or(T d, std::memory_order = std::memory_order_seq_cst) noexcept { return std::exchange(v_, static_cast<T>(v_ | d)); }
+    T fetch_and(T d, std::memory_order = std::memory_order_seq_cst) noexcept { return std::exchange(v_, static_cast<T>(v_ & d)); }
+    bool compare_exchange_strong(T& e, T v, std::memory_order = std::memory_order_seq_cst,
+                                 std::memory_order = std::memory_order_seq_cst) noexcept {
+        if (v_ == e) return v_ = v, true;
+        return e = v_, false;
+    }
+};
+using thread_id = int;
+inline thread_id this_thread_id() noexcept { return 1; }
+inline void spin_hint() noexcept {}
+inline void yield_thread() noexcept {}
+inline unsigned cpu_count() noexcept { return 1; }
+inline void name_this_thread(const char*) noexcept {}
+inline unsigned fork_generation() noexcept { return 0; }
+inline void watch_forks() noexcept {}
+class thread {
+public:
+    template <class F> std::error_code start(F) noexcept { return std::make_error_code(std::errc::not_supported); }
+    bool joinable() const noexcept { return false; }
+    void join() noexcept {}
+    void detach() noexcept {}
+};
+template <class T> struct thread_slot {
+    static T& get() noexcept {
+        static T value{};
+        return value;
+    }
+};
+}  // namespace single_thread
+}  // namespace rtb_port
+#else
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>  // thread names, fork detection
+#define RTB_DETAIL_POSIX 1
+#endif
+#define RTB_PORT_ID
+namespace rtb_port {
+inline namespace std_threads {
+inline constexpr bool has_threads = true;
+using std::condition_variable;
+using std::mutex;
+using unique_lock = std::unique_lock<std::mutex>;
+template <class T> using atomic = std::atomic<T>;
+using steady_clock = std::chrono::steady_clock;
+using thread_id = std::thread::id;
+inline thread_id this_thread_id() noexcept { return std::this_thread::get_id(); }
+inline void spin_hint() noexcept {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) || (defined(__arm__) && __ARM_ARCH >= 7)
+    asm volatile("yield" ::: "memory");
+#endif
+}
+inline void yield_thread() noexcept { std::this_thread::yield(); }
+inline unsigned cpu_count() noexcept {
+    static const unsigned n = std::thread::hardware_concurrency();
+    return n;
+}
+inline void name_this_thread(const char* name) noexcept {
+#if defined(__linux__)
+    char buffer[16] = {};  // the kernel's limit, the final zero included
+    std::strncpy(buffer, name, sizeof buffer - 1);
+    pthread_setname_np(pthread_self(), buffer);
+#else
+    static_cast<void>(name);
+#endif
+}
+// A forked child has no worker threads. One atfork handler counts forks: getpid() on every call would cost 100 ns.
+inline atomic<unsigned> fork_count{0};
+inline unsigned fork_generation() noexcept { return fork_count.load(std::memory_order_relaxed); }
+inline void watch_forks() noexcept {
+#if defined(RTB_DETAIL_POSIX)
+    static const int installed = pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1, std::memory_order_relaxed); });
+    static_cast<void>(installed);
+#endif
+}
+class thread {
+#if RTB_DETAIL_EXCEPTIONS || !defined(RTB_DETAIL_POSIX)
+    std::thread t_;
+
+public:
+    // Runs f on a new thread, or says why the system refused one. f is not run then.
+    template <class F> std::error_code start(F f) noexcept {
+        RTB_DETAIL_TRY {
+            t_ = std::thread(std::move(f));
+            return {};
+        }
+#if RTB_DETAIL_EXCEPTIONS
+        catch (const std::system_error& e) {
+            return e.code();
+        }
+#endif
+        RTB_DETAIL_CATCH_ALL { return std::make_error_code(std::errc::not_enough_memory); }
+    }
+    bool joinable() const noexcept { return t_.joinable(); }
+    void join() { t_.join(); }
+    void detach() { t_.detach(); }
+#else  // std::thread reports a refusal by an exception only: without exceptions the refusal comes from pthread_create
+    pthread_t t_{};
+    bool joinable_ = false;
+
+public:
+    thread() = default;
+    thread(const thread&) = delete;
+    thread& operator=(const thread&) = delete;
+    template <class F> std::error_code start(F f) noexcept {
+        F* copy = new (std::nothrow) F(std::move(f));
+        if (copy == nullptr) return std::make_error_code(std::errc::not_enough_memory);
+        const int error = pthread_create(
+            &t_, nullptr,
+            [](void* p) -> void* {
+                F* body = static_cast<F*>(p);
+                (*body)();
+                delete body;
+                return nullptr;
+            },
+            copy);
+        if (error != 0) {
+            delete copy;
+            return std::error_code(error, std::generic_category());
+        }
+        joinable_ = true;
+        return {};
+    }
+    bool joinable() const noexcept { return joinable_; }
+    void join() noexcept {
+        pthread_join(t_, nullptr);
+        joinable_ = false;
+    }
+    void detach() noexcept {
+        pthread_detach(t_);
+        joinable_ = false;
+    }
+#endif
+};
+// noinline: clang up to 15 caches the address of a thread_local across a suspension (llvm 47179, 63022).
+template <class T> struct thread_slot {
+    RTB_DETAIL_NOINLINE static T& get() noexcept {
+        static_assert(std::is_trivially_destructible_v<T>, "thread_local data with a destructor is unsafe at exit (MinGW, DLLs)");
+        static thread_local T value{};
+        return value;
+    }
+};
+}  // namespace std_threads
+}  // namespace rtb_port
+#endif
+// >>port-end
+
+// The inline namespace carries everything that changes a layout, so that differently configured or differently
+// versioned copies in one program never mix: they are different types.
+#define RTB_DETAIL_CAT_(a, b, c, d, e) a##b##c##d##e
+#define RTB_DETAIL_CAT(a, b, c, d, e) RTB_DETAIL_CAT_(a, b, c, d, e)
+#define RTB_DETAIL_PASTE_(a, b) a##b
+#define RTB_DETAIL_PASTE(a, b) RTB_DETAIL_PASTE_(a, b)
+#if RTB_FRAME_ALIGN == 64
+#define RTB_DETAIL_ALIGN_TAG
+#else
+#define RTB_DETAIL_ALIGN_TAG RTB_DETAIL_PASTE(_a, RTB_FRAME_ALIGN)
+#endif
+#define RTB_DETAIL_NS RTB_DETAIL_CAT(v0_1_0, RTB_DETAIL_NX, RTB_PORT_ID, RTB_DETAIL_ALIGN_TAG, RTB_CONFIG_ID)
+
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+using clock = rtb_port::steady_clock;
+using duration = clock::duration;
+using time_point = clock::time_point;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.base   panic, log hook, intrusive list, copyable callback, saturating time
+// ---------------------------------------------------------------------------------------------------------------------
+enum class log_level { debug, info, warning, error };
+using log_handler = void (*)(log_level, std::string_view message);
+
+namespace detail {
+namespace port = ::rtb_port;
+
+[[noreturn]] inline void default_panic(const char* message) noexcept {
+    std::fprintf(stderr, "rtb: panic: %s\n", message);
+    std::abort();
+}
+
+inline void default_log(log_level level, std::string_view message) {
+    if (level >= log_level::warning)
+        std::fprintf(stderr, "rtb: %s: %.*s\n", level == log_level::error ? "error" : "warning", static_cast<int>(message.size()),
+                     message.data());
+}
+inline constinit port::atomic<log_handler> g_log{&default_log};
+
+/// Calls the log handler; an exception from it ends here.
+inline void log(log_level level, std::string_view message) noexcept {
+    const log_handler handler = g_log.load(std::memory_order_acquire);
+    if (handler == nullptr) return;
+    RTB_DETAIL_TRY { handler(level, message); }
+    RTB_DETAIL_CATCH_ALL {}
+}
+
+struct immovable {
+    immovable() = default;
+    immovable(const immovable&) = delete;
+    immovable& operator=(const immovable&) = delete;
+};
+
+// Circular doubly linked list with a sentinel: unlinking needs no list. A node outside a list has next == nullptr.
+struct link {
+    link* prev = nullptr;
+    link* next = nullptr;
+    bool linked() const noexcept { return next != nullptr; }
+    void unlink() noexcept {
+        prev->next = next;
+        next->prev = prev;
+        prev = next = nullptr;
+    }
+    void insert_before(link* position) noexcept {
+        prev = position->prev;
+        next = position;
+        prev->next = this;
+        position->prev = this;
+    }
+};
+template <class T> class list : immovable {
+    link end_;
+
+public:
+    list() noexcept { end_.prev = end_.next = &end_; }
+    bool empty() const noexcept { return end_.next == &end_; }
+    void push_back(T* n) noexcept { n->link::insert_before(&end_); }
+    void push_front(T* n) noexcept { n->link::insert_before(end_.next); }
+    T* front() const noexcept { return empty() ? nullptr : static_cast<T*>(end_.next); }
+    T* after(T* n) const noexcept { return n->link::next == &end_ ? nullptr : static_cast<T*>(n->link::next); }
+    T* pop_front() noexcept {
+        if (empty()) return nullptr;
+        T* n = static_cast<T*>(end_.next);
+        n->link::unlink();
+        return n;
+    }
+    void take_all(list& from) noexcept {  // appends from's nodes, in order
+        if (from.empty()) return;
+        from.end_.next->prev = end_.prev;
+        end_.prev->next = from.end_.next;
+        from.end_.prev->next = &end_;
+        end_.prev = from.end_.prev;
+        from.end_.prev = from.end_.next = &from.end_;
+    }
+};
+
+/// A copyable, type-erased callable (shared between the copies). <functional> costs more to include than this.
+template <class Signature> class callback;
+template <class R, class... Args> class callback<R(Args...)> {
+    struct holder {
+        port::atomic<unsigned> refs{1};
+        R (*call)(holder*, Args...);
+        void (*destroy)(holder*);
+    };
+    template <class F> struct holder_of : holder {
+        F f;
+        explicit holder_of(F&& g) : f(std::move(g)) {
+            holder::call = [](holder* h, Args... args) -> R { return static_cast<holder_of*>(h)->f(std::forward<Args>(args)...); };
+            holder::destroy = [](holder* h) { delete static_cast<holder_of*>(h); };
+        }
+    };
+    holder* h_ = nullptr;
+
+public:
+    callback() = default;
+    callback(std::nullptr_t) noexcept {}
+    template <class F>
+        requires(!std::is_same_v<std::remove_cvref_t<F>, callback> && std::is_invocable_r_v<R, std::decay_t<F>&, Args...>)
+    callback(F&& f) : h_(new holder_of<std::decay_t<F>>(std::decay_t<F>(std::forward<F>(f)))) {}
+    callback(const callback& o) noexcept : h_(o.h_) {
+        if (h_ != nullptr) h_->refs.fetch_add(1, std::memory_order_relaxed);
+    }
+    callback(callback&& o) noexcept : h_(std::exchange(o.h_, nullptr)) {}
+    callback& operator=(callback o) noexcept {
+        std::swap(h_, o.h_);
+        return *this;
+    }
+    ~callback() {
+        if (h_ != nullptr && h_->refs.fetch_sub(1, std::memory_order_acq_rel) == 1) h_->destroy(h_);
+    }
+    explicit operator bool() const noexcept { return h_ != nullptr; }
+    R operator()(Args... args) const { return h_->call(h_, std::forward<Args>(args)...); }
+};
+
+inline constexpr time_point never = (time_point::max)();
+
+/// now + d without overflow: a deadline too far to represent is never.
+inline time_point deadline_after(time_point now, duration d) noexcept {
+    if (d <= duration::zero()) return now;
+    if (d >= (time_point::max)() - (now > time_point{} ? now : time_point{})) return never;
+    return now + d;
+}
+}  // namespace detail
+
+/// Replaces the log handler; nullptr silences the library. The default prints warnings and errors to stderr.
+/// Threads   any; the handler is called from any thread and must not throw (an exception is dropped).
+inline void set_log_handler(log_handler handler) noexcept { detail::g_log.store(handler, std::memory_order_release); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.expected   unexpected, expected, the error types
+// ---------------------------------------------------------------------------------------------------------------------
+/// The error alternative of an expected, on its way there: return rtb::unexpected(channel_errc::closed);
+template <class E> class unexpected {
+    E error_;
+
+public:
+    template <class G = E>
+        requires(!std::is_same_v<std::remove_cvref_t<G>, unexpected> && std::is_constructible_v<E, G>)
+    constexpr explicit unexpected(G&& error) : error_(std::forward<G>(error)) {}
+    constexpr const E& error() const& noexcept { return error_; }
+    constexpr E& error() & noexcept { return error_; }
+    constexpr E&& error() && noexcept { return std::move(error_); }
+    friend constexpr bool operator==(const unexpected& a, const unexpected& b) { return a.error_ == b.error_; }
+};
+template <class E> unexpected(E) -> unexpected<E>;
+
+/// Thrown by expected::value() when there is no value and the error carries no exception of its own.
+template <class E> class bad_expected_access : public std::exception {
+    E error_;
+
+public:
+    explicit bad_expected_access(E error) : error_(std::move(error)) {}
+    const char* what() const noexcept override {
+        if constexpr (requires { { error_.what() } -> std::convertible_to<const char*>; })
+            return error_.what();
+        else
+            return "bad access to rtb::expected without a value";
+    }
+    const E& error() const& noexcept { return error_; }
+    E& error() & noexcept { return error_; }
+};
+
+template <class T, class E> class expected;
+
+namespace detail {
+template <class> inline constexpr bool is_expected = false;
+template <class T, class E> inline constexpr bool is_expected<expected<T, E>> = true;
+template <class> inline constexpr bool is_unexpected = false;
+template <class E> inline constexpr bool is_unexpected<unexpected<E>> = true;
+// How a T is kept: a reference as a pointer, void as a monostate.
+template <class T>
+using stored = std::conditional_t<std::is_void_v<T>, std::monostate,
+                                  std::conditional_t<std::is_reference_v<T>, std::add_pointer_t<std::remove_reference_t<T>>, std::remove_cv_t<T>>>;
+}  // namespace detail
+
+/// std::expected of C++23, for C++20, with T& as well.
+/// value() on an error rethrows error().cause() if the error has one, else throws bad_expected_access<E>; without
+/// exceptions it panics. Reading the alternative that is not there through *, -> or error() is undefined (asserted).
+/// Threads   like any value type.
+template <class T, class E> class expected {
+    static_assert(!std::is_reference_v<E> && !std::is_void_v<E>, "the error of an expected is an object type");
+    using store = detail::stored<T>;
+    static constexpr bool k_plain = !std::is_void_v<T> && !std::is_reference_v<T>;
+    union {
+        store val_;
+        E err_;
+    };
+    bool has_;
+
+    template <class U, class G> friend class expected;
+
+    template <class Self> static constexpr decltype(auto) get(Self&& self) {
+        if constexpr (std::is_void_v<T>)
+            return;
+        else if constexpr (std::is_reference_v<T>)
+            return static_cast<T>(*self.val_);
+        else
+            return (std::forward<Self>(self).val_);
+    }
+    constexpr void destroy() noexcept {
+        if (has_)
+            val_.~store();
+        else
+            err_.~E();
+    }
+    constexpr void fail_value() const {
+        if constexpr (requires(const E& e) { { e.cause() } -> std::convertible_to<std::exception_ptr>; }) {
+#if RTB_DETAIL_EXCEPTIONS
+            if (std::exception_ptr cause = err_.cause()) std::rethrow_exception(std::move(cause));
+#endif
+        }
+        if constexpr (std::is_copy_constructible_v<E>)
+            RTB_DETAIL_THROW(bad_expected_access<E>(err_), "expected::value() without a value");
+        else
+            RTB_DETAIL_THROW(std::logic_error("expected::value() without a value"), "expected::value() without a value");
+    }
+    template <class O> constexpr void construct_from(O&& other) {
+        if (other.has_)
+            std::construct_at(std::addressof(val_), std::forward<O>(other).val_);
+        else
+            std::construct_at(std::addressof(err_), std::forward<O>(other).err_);
+        has_ = other.has_;
+    }
+    template <class O> constexpr void assign_from(O&& other) {
+        if (has_ && other.has_) {
+            val_ = std::forward<O>(other).val_;
+        } else if (!has_ && !other.has_) {
+            err_ = std::forward<O>(other).err_;
+        } else if (other.has_) {
+            store fresh(std::forward<O>(other).val_);  // may throw: before anything is lost
+            E old(std::move(err_));
+            err_.~E();
+            has_ = true;
+            RTB_DETAIL_TRY { std::construct_at(std::addressof(val_), std::move(fresh)); }
+            RTB_DETAIL_CATCH_ALL {
+                std::construct_at(std::addressof(err_), std::move(old));
+                has_ = false;
+                RTB_DETAIL_RETHROW;
+            }
+        } else {
+            E fresh(std::forward<O>(other).err_);
+            val_.~store();
+            has_ = false;
+            std::construct_at(std::addressof(err_), std::move(fresh));
+        }
+    }
+    template <class Self, class F> static constexpr decltype(auto) call_with_value(Self&& self, F&& f) {
+        if constexpr (std::is_void_v<T>)
+            return std::forward<F>(f)();
+        else
+            return std::forward<F>(f)(get(std::forward<Self>(self)));
+    }
+    template <class Self, class F> static constexpr auto do_and_then(Self&& self, F&& f) {
+        using result = std::remove_cvref_t<decltype(call_with_value(std::forward<Self>(self), std::forward<F>(f)))>;
+        static_assert(detail::is_expected<result>, "and_then needs a function that returns an expected");
+        if (self.has_) return result(call_with_value(std::forward<Self>(self), std::forward<F>(f)));
+        return result(unexpected<E>(std::forward<Self>(self).err_));
+    }
+    template <class Self, class F> static constexpr auto do_transform(Self&& self, F&& f) {
+        using value = std::remove_cv_t<decltype(call_with_value(std::forward<Self>(self), std::forward<F>(f)))>;
+        using result = expected<value, E>;
+        if (!self.has_) return result(unexpected<E>(std::forward<Self>(self).err_));
+        if constexpr (std::is_void_v<value>) {
+            call_with_value(std::forward<Self>(self), std::forward<F>(f));
+            return result();
+        } else {
+            return result(call_with_value(std::forward<Self>(self), std::forward<F>(f)));
+        }
+    }
+    template <class Self, class F> static constexpr auto do_or_else(Self&& self, F&& f) {
+        using result = std::remove_cvref_t<decltype(std::forward<F>(f)(std::forward<Self>(self).err_))>;
+        static_assert(detail::is_expected<result>, "or_else needs a function that returns an expected");
+        if (!self.has_) return result(std::forward<F>(f)(std::forward<Self>(self).err_));
+        if constexpr (std::is_void_v<T>)
+            return result();
+        else
+            return result(get(std::forward<Self>(self)));
+    }
+    template <class Self, class F> static constexpr auto do_transform_error(Self&& self, F&& f) {
+        using result = expected<T, std::remove_cvref_t<decltype(std::forward<F>(f)(std::forward<Self>(self).err_))>>;
+        if (!self.has_) return result(rtb::unexpected(std::forward<F>(f)(std::forward<Self>(self).err_)));
+        if constexpr (std::is_void_v<T>)
+            return result();
+        else
+            return result(get(std::forward<Self>(self)));
+    }
+
+public:
+    using value_type = T;
+    using error_type = E;
+    using unexpected_type = unexpected<E>;
+
+    constexpr expected() noexcept(std::is_nothrow_default_constructible_v<store>)
+        requires(!std::is_reference_v<T> && std::is_default_constructible_v<store>)
+        : val_(), has_(true) {}
+    template <class U = std::conditional_t<std::is_void_v<T>, std::monostate, T>>
+        requires(k_plain && !detail::is_expected<std::remove_cvref_t<U>> && !detail::is_unexpected<std::remove_cvref_t<U>> &&
+                 !std::is_same_v<std::remove_cvref_t<U>, std::in_place_t> && std::is_constructible_v<store, U>)
+    constexpr explicit(!std::is_convertible_v<U, store>) expected(U&& value) : val_(std::forward<U>(value)), has_(true) {}
+    template <class U>
+        requires(std::is_reference_v<T> && !detail::is_expected<std::remove_cvref_t<U>> && !detail::is_unexpected<std::remove_cvref_t<U>> &&
+                 std::is_convertible_v<U &&, T>)
+    constexpr expected(U&& value) noexcept : val_(std::addressof(static_cast<std::remove_reference_t<T>&>(value))), has_(true) {}
+    template <class G>
+        requires std::is_constructible_v<E, const G&>
+    constexpr explicit(!std::is_convertible_v<const G&, E>) expected(const unexpected<G>& e) : err_(e.error()), has_(false) {}
+    template <class G>
+        requires std::is_constructible_v<E, G>
+    constexpr explicit(!std::is_convertible_v<G, E>) expected(unexpected<G>&& e) : err_(std::move(e).error()), has_(false) {}
+    template <class... Args>
+        requires(k_plain && std::is_constructible_v<store, Args...>)
+    constexpr explicit expected(std::in_place_t, Args&&... args) : val_(std::forward<Args>(args)...), has_(true) {}
+    constexpr explicit expected(std::in_place_t)
+        requires std::is_void_v<T>
+        : val_(), has_(true) {}
+    template <class U, class G>
+        requires(!std::is_same_v<expected<U, G>, expected> && k_plain && std::is_constructible_v<store, U> && std::is_constructible_v<E, G>)
+    constexpr explicit(!std::is_convertible_v<U, store> || !std::is_convertible_v<G, E>) expected(expected<U, G>&& o) {
+        construct_from(std::move(o));
+    }
+    template <class G>
+        requires(!std::is_same_v<expected<void, G>, expected> && std::is_void_v<T> && std::is_constructible_v<E, G>)
+    constexpr explicit(!std::is_convertible_v<G, E>) expected(expected<void, G>&& o) {
+        construct_from(std::move(o));
+    }
+    constexpr expected(const expected& o)
+        requires(std::is_copy_constructible_v<store> && std::is_copy_constructible_v<E>)
+    {
+        construct_from(o);
+    }
+    constexpr expected(expected&& o) noexcept(std::is_nothrow_move_constructible_v<store> && std::is_nothrow_move_constructible_v<E>)
+        requires(std::is_move_constructible_v<store> && std::is_move_constructible_v<E>)
+    {
+        construct_from(std::move(o));
+    }
+    constexpr expected& operator=(const expected& o)
+        requires(std::is_copy_constructible_v<store> && std::is_copy_assignable_v<store> && std::is_copy_constructible_v<E> &&
+                 std::is_copy_assignable_v<E>)
+    {
+        assign_from(o);
+        return *this;
+    }
+    constexpr expected& operator=(expected&& o)
+        requires(std::is_move_constructible_v<store> && std::is_move_assignable_v<store> && std::is_move_constructible_v<E> &&
+                 std::is_move_assignable_v<E>)
+    {
+        assign_from(std::move(o));
+        return *this;
+    }
+    constexpr ~expected() { destroy(); }
+
+    constexpr bool has_value() const noexcept { return has_; }
+    constexpr explicit operator bool() const noexcept { return has_; }
+    constexpr decltype(auto) operator*() & noexcept { return (RTB_ASSERT(has_, "expected without a value"), get(*this)); }
+    constexpr decltype(auto) operator*() const& noexcept { return (RTB_ASSERT(has_, "expected without a value"), get(*this)); }
+    constexpr decltype(auto) operator*() && noexcept { return (RTB_ASSERT(has_, "expected without a value"), get(std::move(*this))); }
+    constexpr auto operator->() noexcept
+        requires(!std::is_void_v<T>)
+    {
+        RTB_ASSERT(has_, "expected without a value");
+        return std::addressof(get(*this));
+    }
+    constexpr auto operator->() const noexcept
+        requires(!std::is_void_v<T>)
+    {
+        RTB_ASSERT(has_, "expected without a value");
+        return std::addressof(get(*this));
+    }
+    constexpr decltype(auto) value() & {
+        if (!has_) fail_value();
+        return get(*this);
+    }
+    constexpr decltype(auto) value() const& {
+        if (!has_) fail_value();
+        return get(*this);
+    }
+    constexpr decltype(auto) value() && {
+        if (!has_) fail_value();
+        return get(std::move(*this));
+    }
+    constexpr E& error() & noexcept { return RTB_ASSERT(!has_, "expected without an error"), err_; }
+    constexpr const E& error() const& noexcept { return RTB_ASSERT(!has_, "expected without an error"), err_; }
+    constexpr E&& error() && noexcept { return RTB_ASSERT(!has_, "expected without an error"), std::move(err_); }
+    template <class U>
+        requires(!std::is_void_v<T>)
+    constexpr std::remove_cvref_t<T> value_or(U&& fallback) const& {
+        if (has_) return get(*this);
+        return static_cast<std::remove_cvref_t<T>>(std::forward<U>(fallback));
+    }
+    template <class U>
+        requires(!std::is_void_v<T>)
+    constexpr std::remove_cvref_t<T> value_or(U&& fallback) && {
+        if (has_) return get(std::move(*this));
+        return static_cast<std::remove_cvref_t<T>>(std::forward<U>(fallback));
+    }
+    template <class... Args>
+        requires(k_plain && std::is_constructible_v<store, Args...>)
+    constexpr store& emplace(Args&&... args) {
+        assign_from(expected(std::in_place, std::forward<Args>(args)...));
+        return val_;
+    }
+
+    template <class F> constexpr auto and_then(F&& f) & { return do_and_then(*this, std::forward<F>(f)); }
+    template <class F> constexpr auto and_then(F&& f) const& { return do_and_then(*this, std::forward<F>(f)); }
+    template <class F> constexpr auto and_then(F&& f) && { return do_and_then(std::move(*this), std::forward<F>(f)); }
+    template <class F> constexpr auto transform(F&& f) & { return do_transform(*this, std::forward<F>(f)); }
+    template <class F> constexpr auto transform(F&& f) const& { return do_transform(*this, std::forward<F>(f)); }
+    template <class F> constexpr auto transform(F&& f) && { return do_transform(std::move(*this), std::forward<F>(f)); }
+    template <class F> constexpr auto or_else(F&& f) & { return do_or_else(*this, std::forward<F>(f)); }
+    template <class F> constexpr auto or_else(F&& f) const& { return do_or_else(*this, std::forward<F>(f)); }
+    template <class F> constexpr auto or_else(F&& f) && { return do_or_else(std::move(*this), std::forward<F>(f)); }
+    template <class F> constexpr auto transform_error(F&& f) & { return do_transform_error(*this, std::forward<F>(f)); }
+    template <class F> constexpr auto transform_error(F&& f) const& { return do_transform_error(*this, std::forward<F>(f)); }
+    template <class F> constexpr auto transform_error(F&& f) && { return do_transform_error(std::move(*this), std::forward<F>(f)); }
+
+    template <class T2, class E2>
+        requires(std::is_void_v<T> == std::is_void_v<T2>)
+    friend constexpr bool operator==(const expected& a, const expected<T2, E2>& b) {
+        if (a.has_value() != b.has_value()) return false;
+        if (!a.has_value()) return a.error() == b.error();
+        if constexpr (std::is_void_v<T>)
+            return true;
+        else
+            return *a == *b;
+    }
+    template <class U>
+        requires(!std::is_void_v<T> && !detail::is_expected<U> && !detail::is_unexpected<U>)
+    friend constexpr bool operator==(const expected& a, const U& b) {
+        return a.has_value() && static_cast<bool>(*a == b);
+    }
+    template <class G> friend constexpr bool operator==(const expected& a, const unexpected<G>& b) {
+        return !a.has_value() && static_cast<bool>(a.error() == b.error());
+    }
+};
+
+// Error codes. Each enum has an errc_info with a name and a sentence per code, from which the std::error_category, what()
+// and make_error_code() follow.
+enum class join_errc { cancelled = 1, failed, timed_out, would_deadlock, already_taken };
+enum class channel_errc { full = 1, closed, timed_out, would_deadlock };
+
+namespace detail {
+template <class Errc> struct errc_info;
+template <> struct errc_info<join_errc> {
+    static constexpr const char* name = "rtb.join";
+    static const char* text(join_errc e) noexcept {
+        switch (e) {
+            case join_errc::cancelled: return "the task was cancelled before it finished";
+            case join_errc::failed: return "the task ended with an exception";
+            case join_errc::timed_out: return "the task did not finish in time";
+            case join_errc::would_deadlock: return "waiting here would block the thread that has to run the task; use co_await";
+            case join_errc::already_taken: return "the result of the task was already taken";
+        }
+        return "unknown join error";
+    }
+};
+template <> struct errc_info<channel_errc> {
+    static constexpr const char* name = "rtb.channel";
+    static const char* text(channel_errc e) noexcept {
+        switch (e) {
+            case channel_errc::full: return "the channel is full";
+            case channel_errc::closed: return "the other side is gone or the channel was closed";
+            case channel_errc::timed_out: return "the operation did not finish in time";
+            case channel_errc::would_deadlock: return "a blocking call on a thread that runs a scheduler; use co_await";
+        }
+        return "unknown channel error";
+    }
+};
+template <class Errc> class error_category_of final : public std::error_category {
+public:
+    const char* name() const noexcept override { return errc_info<Errc>::name; }
+    std::string message(int code) const override { return errc_info<Errc>::text(static_cast<Errc>(code)); }
+};
+template <class Errc>
+concept library_errc = requires(Errc e) { errc_info<Errc>::text(e); };
+}  // namespace detail
+
+template <detail::library_errc Errc> std::error_code make_error_code(Errc e) noexcept {
+    static const detail::error_category_of<Errc> category;
+    return {static_cast<int>(e), category};
+}
+
+namespace detail {
+/// What all errors of the library have in common.
+template <class Errc> class error {
+    Errc code_;
+    std::exception_ptr cause_;
+
+public:
+    using errc_type = Errc;
+    error(Errc code) noexcept : code_(code) {}
+    error(Errc code, std::exception_ptr cause) noexcept : code_(code), cause_(std::move(cause)) {}
+    Errc code() const noexcept { return code_; }
+    const char* what() const noexcept { return errc_info<Errc>::text(code_); }
+    /// The exception behind this error, or null. expected::value() rethrows it.
+    const std::exception_ptr& cause() const noexcept { return cause_; }
+    friend std::error_code make_error_code(const error& e) noexcept { return rtb::make_error_code(e.code_); }
+    friend bool operator==(const error& a, const error& b) noexcept { return a.code_ == b.code_; }
+    friend bool operator==(const error& a, Errc b) noexcept { return a.code_ == b; }
+};
+}  // namespace detail
+
+class join_error : public detail::error<join_errc> {
+public:
+    using error::error;
+};
+class channel_error : public detail::error<channel_errc> {
+public:
+    using error::error;
+};
+/// A refused send: the value comes back in value().
+template <class T> class send_error : public channel_error {
+    T value_;
+
+public:
+    send_error(channel_errc code, T value) : channel_error(code), value_(std::move(value)) {}
+    T& value() & noexcept { return value_; }
+    const T& value() const& noexcept { return value_; }
+    T&& value() && noexcept { return std::move(value_); }
+};
+/// The error of with_timeout over something that has no error of its own.
+struct timed_out {
+    const char* what() const noexcept { return "the operation did not finish in time"; }
+    friend bool operator==(timed_out, timed_out) noexcept { return true; }
+};
+/// Misuse of a task object: awaited or spawned twice, or empty (default-constructed, moved from).
+class bad_task : public std::logic_error {
+public:
+    using std::logic_error::logic_error;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.sched.types   driver, manual_clock, options and reports
+// ---------------------------------------------------------------------------------------------------------------------
+/// Where a scheduler waits when it has nothing to run: plug in epoll, Asio, SDL, a bare-metal wait-for-interrupt.
+/// Lifetime  outlives its scheduler and that scheduler's worker; serves one scheduler.
+/// Threads   park() is called on the scheduler's thread only, unpark() from any thread.
+class driver {
+public:
+    /// Waits for events until `until` (steady time; nullopt: no limit) or until unpark(); delivers what is ready, then returns.
+    /// A time that is not in the future means: poll and return. An exception is logged.
+    virtual void park(std::optional<time_point> until) = 0;
+    /// Makes a park() that runs, or else the next one, return. Called under the library's locks: must not call back.
+    virtual void unpark() noexcept = 0;
+
+protected:
+    ~driver() = default;
+};
+
+class scheduler;
+class manual_clock;
+
+namespace detail {
+struct sched_core;
+struct frame_base;
+class clock_guard;
+}  // namespace detail
+
+/// Virtual time: schedulers that are given one see time move only by advance(), or by jumps when auto_advance is on.
+/// Lifetime  outlives its schedulers.
+/// Threads   any.
+class manual_clock {
+    friend struct detail::sched_core;
+    friend class detail::clock_guard;
+    enum class jump { moved, nothing, others };  // others: somebody else still has work, or keep_busy() holds time
+    mutable detail::port::mutex m_;  // lock order: clock, primitive, inbox
+    detail::port::atomic<clock::rep> now_{0};
+    bool auto_ = false;                   // m_
+    unsigned busy_ = 0;                   // m_
+    detail::sched_core* cores_ = nullptr;  // m_: the schedulers that use this clock, linked through clock_next
+
+    void wake_all() noexcept;
+    jump try_jump(detail::sched_core* asking) noexcept;
+
+public:
+    manual_clock() = default;
+    explicit manual_clock(time_point start) noexcept : now_(start.time_since_epoch().count()) {}
+    manual_clock(const manual_clock&) = delete;
+    manual_clock& operator=(const manual_clock&) = delete;
+
+    time_point now() const noexcept { return time_point(duration(now_.load(std::memory_order_acquire))); }
+    /// Moves time forward (a negative duration does nothing) and wakes the schedulers; timers fire when they are run.
+    void advance(duration by) noexcept;
+    /// On: a scheduler that has nothing to run jumps to the next timer, once all schedulers of this clock are idle.
+    void auto_advance(bool on) noexcept;
+    /// Runs the schedulers whose home is this thread until none of them can go on (jumping when auto_advance is on).
+    std::size_t run_until_idle();
+    /// While the guard lives, time does not jump: for work that the clock can't see, such as a thread of yours.
+    [[nodiscard]] detail::clock_guard keep_busy() noexcept;
+};
+
+/// What a detached task, or a posted function, ended with when nobody was left to tell.
+using unhandled_handler = detail::callback<void(std::exception_ptr, std::string_view task_name)>;
+/// A step that ran for longer than stall_threshold: the task's name, where it was spawned ("file:line"), how long.
+using stall_handler = detail::callback<void(std::string_view task_name, std::string_view where, duration)>;
+using thread_hook = detail::callback<void()>;
+
+struct scheduler_options {
+    driver* io = nullptr;              // null: waits on a condition variable
+    manual_clock* time = nullptr;      // null: the steady clock
+    std::uint64_t shuffle_seed = 0;    // not 0: permutes ready tasks and equal timers, reproducibly
+    duration stall_threshold{};        // 0: steps are not timed
+    stall_handler on_stall{};          // default: logs a warning
+    unhandled_handler on_unhandled{};  // default: logs an error; both count
+    duration spin = std::chrono::microseconds(50);  // how long a wait may spin before it sleeps; 0: never
+    std::size_t blocking_threads = 8;  // upper bound of the run_blocking pool
+    std::string name{};
+};
+struct spawn_options {
+    std::string_view name{};  // copied; up to 15 characters without an allocation
+};
+struct idle_report {
+    std::size_t resumptions = 0;
+    std::size_t waiting = 0;  // tasks that still wait; if no timer is left they wait for ever: see for_each_task
+};
+struct scheduler_stats {
+    std::uint64_t resumptions = 0, spawned = 0, completed = 0, failed = 0, cancelled = 0, unhandled = 0, stalls = 0, parks = 0;
+    std::size_t live = 0;
+};
+enum class task_state { ready, running, waiting };
+struct task_info {
+    std::string_view name;
+    const char* file;
+    unsigned line;
+    duration age;
+    task_state state;
+};
+
+namespace detail {
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.sched.impl   runnable, frames, timers, the scheduler's core
+// ---------------------------------------------------------------------------------------------------------------------
+// Who may touch what. "loop" is the thread that runs the scheduler (or destroys it); "m" is sched_core::m, the inbox lock.
+
+/// Something the loop can run, or a blocked thread that can be woken (core == nullptr: run() notifies it).
+struct runnable : link {         // loop: the links of the one list it is in (ready, starting, waiting)
+    void (*run)(runnable*) = nullptr;
+    sched_core* core = nullptr;
+    runnable* inbox_next = nullptr;  // m
+    bool in_inbox = false;           // m
+    bool inbox_cancel = false;       // m: the request that came through the inbox is a cancellation
+    bool queued = false;             // loop: in ready or starting
+    bool is_root = false;            // fixed once submitted: a spawned task, a frame_base
+    bool is_post = false;            // fixed: a posted function, owned by the list it is in
+    bool cancel = false;             // loop: destroy at the next suspension point
+    bool running = false;            // loop: on the stack right now
+};
+
+/// Told when a root is over, before its result is published: combinator arms and task groups.
+struct completion_hook {
+    void (*done)(completion_hook*, frame_base*) noexcept = nullptr;
+};
+
+// What a frame's result slot holds.
+enum outcome : unsigned char { has_nothing, has_value, has_error };
+
+// One block per task: [slack][result][frame_base][coroutine frame]. The frame starts at this + 1 and is aligned to
+// RTB_FRAME_ALIGN. A child's block goes with its frame. The block of a root (spawned, or an arm of a combinator) outlives
+// the frame: it goes with the last of scheduler and handle.
+struct frame_base : runnable {
+    // For the one who owns the frame: the creator until it is submitted, then the loop. (First: they fit into padding.)
+    unsigned char has : 2;  // an outcome
+    bool started : 1;
+    bool done : 1;
+    bool keep_block : 1;    // root: operator delete leaves the block alone
+    bool name_is_long : 1;
+    bool has_deadline : 1;  // not to be started after start_deadline()
+
+    frame_base* chain = nullptr;  // root of the chain of awaiting frames; `this` in a root
+    union {
+        frame_base* up = nullptr;  // child: the frame that awaits it
+        runnable* joiner;          // root: who waits for the result (core->join_m)
+    };
+    union {
+        frame_base** owner = nullptr;  // child: the pointer in the task object that owns it, told before the frame goes
+        completion_hook* hook;         // root
+    };
+    frame_base* leaf = nullptr;  // root: the innermost frame, the one to resume (loop)
+    // With a pointer: copies the error out of the result. Without: destroys the result and frees the block.
+    void (*release)(frame_base*, std::exception_ptr*) noexcept = nullptr;
+    port::atomic<unsigned> state{0};                  // root: bits below
+    std::uint32_t offset = 0;                         // from the start of the allocation to the frame
+    const char* file = "";
+    std::uint32_t line = 0;
+    std::uint32_t spawned_ms = 0;  // since the core was made
+    union {
+        char short_name[16];
+        char* long_name;
+    };
+    frame_base() noexcept : has(has_nothing), started(false), done(false), keep_block(false), name_is_long(false), has_deadline(false), short_name{} {}
+
+    // state bits. sync: every change is acq_rel, so whoever sees k_done sees the result, and whoever frees the block sees
+    // every use of it.
+    static constexpr unsigned k_done = 1, k_handle = 2, k_joiner = 4, k_cancel = 8, k_released = 16;
+
+    // Kept in the last bytes of the result slot, which is unused until the task has started.
+    void set_start_deadline(time_point t) noexcept {
+        has_deadline = true;
+        std::memcpy(reinterpret_cast<char*>(this) - sizeof t, &t, sizeof t);
+    }
+    time_point start_deadline() const noexcept {
+        time_point t;
+        std::memcpy(&t, reinterpret_cast<const char*>(this) - sizeof t, sizeof t);
+        return t;
+    }
+    std::coroutine_handle<> handle() noexcept { return std::coroutine_handle<>::from_address(this + 1); }
+    std::string_view name() const noexcept { return name_is_long ? long_name : short_name; }
+    void set_name(std::string_view n) {
+        char* to = short_name;
+        if (n.size() >= sizeof short_name) {
+            to = new char[n.size() + 1];
+            long_name = to;
+            name_is_long = true;
+        }
+        to[n.copy(to, n.size())] = 0;
+    }
+};
+static_assert(sizeof(frame_base) % 16 == 0);
+
+/// The current run of a scheduler on this thread, innermost first.
+struct run_frame {
+    sched_core* core = nullptr;
+    run_frame* outer = nullptr;
+};
+inline run_frame*& current_run() noexcept { return port::thread_slot<run_frame*>::get(); }
+inline sched_core* current_core() noexcept {
+    run_frame* r = current_run();
+    return r != nullptr ? r->core : nullptr;
+}
+
+// Timers. A hierarchical wheel of 64-slot levels over the full 64-bit nanosecond range: insert and remove O(1), a timer
+// moves down at most once per level. A timer is in the level of the highest digit (base 64) in which its key differs from
+// base_; so all timers of one level-0 slot have the same key, in order of insertion. loop only.
+struct timer_node : link {
+    std::uint64_t key = 0;
+    runnable* target = nullptr;
+    std::uint16_t slot = 0;
+};
+class timer_wheel {
+    static constexpr unsigned k_bits = 6, k_levels = 11;
+    std::uint64_t base_ = 0;
+    std::uint64_t earliest_ = 0;   // valid if known_
+    bool known_ = false;
+    std::size_t size_ = 0;
+    std::uint64_t occupied_[k_levels] = {};
+    link* slots_[k_levels << k_bits] = {};  // the first node of a circular list
+
+    static unsigned lowest(std::uint64_t v) noexcept { return static_cast<unsigned>(__builtin_ctzll(v)); }
+    void place(timer_node* n) noexcept {
+        const std::uint64_t key = n->key < base_ ? base_ : n->key;  // the clock went backwards: due at once
+        const std::uint64_t diff = key ^ base_;
+        const unsigned level = diff == 0 ? 0 : (63u - static_cast<unsigned>(__builtin_clzll(diff))) / k_bits;
+        const unsigned digit = static_cast<unsigned>(key >> (level * k_bits)) & 63u;
+        n->slot = static_cast<std::uint16_t>((level << k_bits) | digit);
+        link*& head = slots_[n->slot];
+        if (head == nullptr) {
+            n->prev = n->next = n;
+            head = n;
+            occupied_[level] |= std::uint64_t{1} << digit;
+        } else {
+            n->insert_before(head);
+        }
+    }
+    void take(timer_node* n) noexcept {
+        link*& head = slots_[n->slot];
+        if (n->next == n) {
+            head = nullptr;
+            occupied_[n->slot >> k_bits] &= ~(std::uint64_t{1} << (n->slot & 63u));
+            n->prev = n->next = nullptr;
+        } else {
+            if (head == n) head = n->next;
+            n->unlink();
+        }
+    }
+    // The first occupied slot in time order, or false. start: the first key that can be in it.
+    bool first_slot(unsigned& level, unsigned& digit, std::uint64_t& start) const noexcept {
+        for (level = 0; level < k_levels; ++level) {
+            const unsigned shift = level * k_bits;
+            const std::uint64_t m = occupied_[level] & (~std::uint64_t{0} << ((base_ >> shift) & 63u));
+            if (m == 0) continue;
+            digit = lowest(m);
+            const std::uint64_t high = level + 1 == k_levels ? 0 : (base_ >> (shift + k_bits)) << (shift + k_bits);
+            start = high | (std::uint64_t{digit} << shift);
+            return true;
+        }
+        return false;
+    }
+
+public:
+    static std::uint64_t key_of(time_point t) noexcept {  // order-preserving
+        return static_cast<std::uint64_t>(static_cast<std::int64_t>(t.time_since_epoch().count())) ^ (std::uint64_t{1} << 63);
+    }
+    static time_point time_of(std::uint64_t key) noexcept {
+        return time_point(duration(static_cast<clock::rep>(static_cast<std::int64_t>(key ^ (std::uint64_t{1} << 63)))));
+    }
+    bool empty() const noexcept { return size_ == 0; }
+    void insert(timer_node* n, time_point t) noexcept {
+        n->key = key_of(t);
+        if (known_ && (size_ == 0 || n->key < earliest_)) earliest_ = n->key;
+        ++size_;
+        place(n);
+    }
+    void remove(timer_node* n) noexcept {
+        if (n->key == earliest_) known_ = false;
+        --size_;
+        take(n);
+    }
+    /// Exact; the first call after the earliest timer went away looks through one slot.
+    std::optional<time_point> earliest() noexcept {
+        if (size_ == 0) return std::nullopt;
+        if (!known_) {
+            unsigned level = 0, digit = 0;
+            std::uint64_t start = 0;
+            first_slot(level, digit, start);
+            const link* head = slots_[(level << k_bits) | digit];
+            std::uint64_t best = ~std::uint64_t{0};
+            const link* n = head;
+            do {
+                best = (std::min)(best, static_cast<const timer_node*>(n)->key);
+                n = n->next;
+            } while (n != head);
+            earliest_ = best;
+            known_ = true;
+        }
+        return time_of(earliest_);
+    }
+    /// Removes and returns one timer that is due at `now`, in order of key, then insertion; null if there is none.
+    timer_node* pop_due(time_point now_time) noexcept {
+        const std::uint64_t now = key_of(now_time);
+        unsigned level = 0, digit = 0;
+        std::uint64_t start = 0;
+        while (size_ != 0 && first_slot(level, digit, start) && start <= now) {
+            base_ = (std::max)(base_, start);
+            link*& head = slots_[(level << k_bits) | digit];
+            if (level == 0) {
+                timer_node* n = static_cast<timer_node*>(head);
+                remove(n);
+                return n;
+            }
+            // Its time has come into reach: spread the slot over the lower levels, keeping the order.
+            link* first = std::exchange(head, nullptr);
+            occupied_[level] &= ~(std::uint64_t{1} << digit);
+            first->prev->next = nullptr;
+            while (first != nullptr) {
+                link* next = first->next;
+                first->prev = first->next = nullptr;
+                place(static_cast<timer_node*>(first));
+                first = next;
+            }
+        }
+        base_ = (std::max)(base_, now);  // no timer lies in between, so every timer's place stays right
+        return nullptr;
+    }
+};
+
+// Waiting by spinning first. A wake-up of a sleeping thread costs some 50 us across two CPUs and a context switch on one;
+// a waiter that still spins is reached in well under a microsecond. The limits are learned: pauses pay only while the
+// other side runs at the same time on another CPU, yields pay on one CPU, and neither pays when waits are long.
+struct spin_state {
+    port::atomic<int> pauses{64};
+    port::atomic<int> credit{16};
+    port::atomic<unsigned> rounds{0};
+    static constexpr int k_max_pauses = 200, k_max_credit = 32;
+
+    // relaxed everywhere: the numbers are hints, a lost update changes only how long a later wait spins.
+    template <class Ready> bool wait(duration bound, time_point until, Ready ready) noexcept {
+        if (!port::has_threads || bound <= duration::zero()) return false;
+        const int have = credit.load(std::memory_order_relaxed);
+        const unsigned round = rounds.load(std::memory_order_relaxed) + 1;
+        rounds.store(round, std::memory_order_relaxed);
+        if (have <= 0 && round % 32 != 0) return false;  // recent waits were long: spin only as a probe
+        int limit = port::cpu_count() > 1 ? pauses.load(std::memory_order_relaxed) : 0;
+        if (limit < 8 && round % 128 == 0 && port::cpu_count() > 1) limit = k_max_pauses / 2;
+        for (int i = 0; i < limit; ++i) {
+            if (ready()) {
+                pauses.store((std::min)(k_max_pauses, (std::max)(limit, 2 * i + 16)), std::memory_order_relaxed);
+                credit.store((std::min)(k_max_credit, have + 2), std::memory_order_relaxed);
+                return true;
+            }
+            port::spin_hint();
+        }
+        if (limit > 0) pauses.store(limit - limit / 4 - 1, std::memory_order_relaxed);
+        const time_point start = clock::now();
+        const time_point end = (std::min)(until, deadline_after(start, bound));
+        do {
+            for (int i = 0; i < 4; ++i) {
+                if (ready()) {
+                    credit.store((std::min)(k_max_credit, have + 2), std::memory_order_relaxed);
+                    return true;
+                }
+                port::yield_thread();
+            }
+        } while (clock::now() < end);
+        credit.store(have - 1 < -8 ? -8 : have - 1, std::memory_order_relaxed);
+        return ready();
+    }
+};
+
+// A blocked thread, on its own stack. Whoever wakes it does so under the lock of the primitive where it is registered.
+class blocker : public runnable {
+    enum { waiting, parked, done };
+    port::atomic<int> state_{waiting};
+    port::mutex m_;
+    port::condition_variable cv_;
+    bool woken_ = false;  // m_
+
+    void set() noexcept;
+
+public:
+    sched_core* edge_of = nullptr;  // whose wait-for edge the answer clears (deadlock detection); null: none
+
+    blocker() noexcept {
+        run = [](runnable* r) { static_cast<blocker*>(r)->set(); };
+    }
+    bool is_done() const noexcept { return state_.load(std::memory_order_acquire) == done; }
+    /// False: the time is over. The caller then unregisters under the primitive's lock; if it was signalled meanwhile,
+    /// is_done() is true after that.
+    bool wait(spin_state& spin, duration bound, time_point until) noexcept {
+        if (is_done() || spin.wait(bound, until, [this] { return is_done(); })) return true;
+        port::unique_lock l(m_);
+        int expected_state = waiting;
+        // sync: acquire on failure pairs with the release in set(): the result is visible.
+        if (!state_.compare_exchange_strong(expected_state, parked, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+        while (!woken_) {
+            if (until == never) {
+                cv_.wait(l);
+            } else {
+                if (clock::now() >= until) return false;
+                cv_.wait_until(l, until);
+            }
+        }
+        return true;
+    }
+};
+
+// The state of a scheduler. Handles, tokens and blocks keep it alive; the scheduler object closes it.
+struct sched_core : immovable {
+    // -- fixed --
+    port::atomic<unsigned> refs{1};
+    scheduler* owner = nullptr;
+    scheduler_options options;
+    bool on_worker = false;  // a thread of the library runs it: nobody pumps it from outside
+    time_point made;  // on its own clock
+    unsigned fork_mark = port::fork_generation();
+
+    // -- m: the inbox. Lock order: clock, primitive (token, channel, join_m ...), m. --
+    port::mutex m;
+    port::condition_variable cv;
+    runnable* inbox_head = nullptr;
+    runnable* inbox_tail = nullptr;
+    std::size_t inbox_spawned = 0;
+    bool closed = false;      // refuses work from outside
+    bool parked = false;      // the loop sleeps (or is about to) and wants to be woken
+    bool idle = true;         // manual clock: nothing to run and the inbox was empty
+    time_point idle_deadline = never;
+    port::atomic<bool> inbox_flag{false};  // written under m; a hint for the loop, which reads it without m
+    port::atomic<bool> stop_flag{false};   // set under m
+
+    // -- who runs it --
+    port::atomic<port::thread_id> runner{port::thread_id{}};
+    port::atomic<port::thread_id> home{port::this_thread_id()};
+
+    // -- loop: the thread that runs it, or destroys it --
+    list<runnable> ready, starting, pass, waiting;
+    frame_base* next = nullptr;      // trampoline: the frame to resume after this step returned
+    frame_base* finished = nullptr;  // the root that reached its end in this step
+    frame_base* current = nullptr;   // the root whose turn it is
+    timer_wheel timers;
+    int budget = 0;
+    bool dead = false;  // destroying: own-thread spawns are refused as well
+    std::size_t live = 0;
+    std::size_t blocking_calls = 0;  // run_blocking calls that a task waits for
+    std::uint64_t rng = 0;
+
+    // -- join_m: the joiner of every root of this core --
+    port::mutex join_m;
+    port::atomic<unsigned> external{0};  // roots that a blocked thread, or a task of another scheduler, waits for
+    port::atomic<bool> draining{false};
+
+    // -- edge_m (a leaf lock): deadlock detection, see >>core.sched.deadlock --
+    port::mutex edge_m;
+    sched_core* leader = nullptr;   // the outermost scheduler of the thread that runs this one
+    sched_core* edge_to = nullptr;  // in a leader: the scheduler that its thread waits for
+    time_point edge_until = never;
+    std::uint64_t edge_epoch = 0;
+
+    // -- the clock's mutex --
+    sched_core* clock_next = nullptr;
+    bool pumping = false;  // m: waits for the others of its manual clock inside run_until_idle
+
+    // -- any thread --
+    spin_state park_spin, wait_spin;
+    port::atomic<std::uint64_t> n_resumed{0}, n_spawned{0}, n_completed{0}, n_failed{0}, n_cancelled{0}, n_unhandled{0}, n_stalls{0},
+        n_parks{0}, n_spawned_outside{0};
+    port::atomic<std::uint32_t> coarse_ms{0};  // the age of the core at the last look at the clock
+    port::atomic<std::size_t> n_live{0};
+    struct {  // the task whose turn it is; written by the loop under a sequence counter, read by watchers
+        port::atomic<unsigned> seq{0};
+        port::atomic<std::uint64_t> name[4] = {};
+        port::atomic<const char*> file{nullptr};
+        port::atomic<unsigned> line{0};
+        port::atomic<unsigned> turn{0};  // odd: in the middle of a step
+        frame_base* filled_for = nullptr;  // loop
+    } watch;
+    port::mutex stall_m;
+    unsigned stall_turn = 0, stall_reported = 0;  // stall_m
+    time_point stall_since{};                     // stall_m
+
+    struct blocking_pool* pool = nullptr;  // loop; see >>core.blocking
+
+    explicit sched_core(scheduler_options o) : options(std::move(o)), rng(options.shuffle_seed) { made = now(); }
+
+    void add_ref() noexcept { refs.fetch_add(1, std::memory_order_relaxed); }
+    void drop_ref() noexcept {
+        if (refs.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+    }
+    time_point now() const noexcept { return options.time != nullptr ? options.time->now() : clock::now(); }
+    bool forked() const noexcept { return fork_mark != port::fork_generation(); }
+    std::uint32_t age_ms(time_point t) const noexcept {
+        return static_cast<std::uint32_t>(std::chrono::duration_cast<std::chrono::milliseconds>(t - made).count());
+    }
+    // Counters have one writer, the loop: relaxed load + store, no locked instruction.
+    template <class N> static void bump(port::atomic<N>& n, N by = 1) noexcept {
+        n.store(static_cast<N>(n.load(std::memory_order_relaxed) + by), std::memory_order_relaxed);
+    }
+
+    // ---- inbox: any thread ----
+    void wake_loop_locked() noexcept {
+        inbox_flag.store(true, std::memory_order_release);
+        if (!parked) return;
+        parked = false;
+        if (options.io != nullptr)
+            options.io->unpark();
+        else
+            cv.notify_one();
+    }
+    void enqueue_locked(runnable* r) noexcept {
+        if (!r->in_inbox) {
+            r->in_inbox = true;
+            r->inbox_next = nullptr;
+            (inbox_tail != nullptr ? inbox_tail->inbox_next : inbox_head) = r;
+            inbox_tail = r;
+        }
+        wake_loop_locked();
+    }
+    void enqueue(runnable* r) noexcept {
+        port::unique_lock l(m);
+        enqueue_locked(r);
+    }
+    void poke() noexcept {
+        port::unique_lock l(m);
+        wake_loop_locked();
+    }
+    void request_stop() noexcept {
+        port::unique_lock l(m);
+        stop_flag.store(true, std::memory_order_release);
+        closed = true;
+        wake_loop_locked();
+    }
+    // False: closed, r was not taken. From the loop itself new work is welcome until the tasks are being destroyed.
+    bool submit(runnable* r) noexcept {
+        if (current_core() == this) {
+            if (dead || (stop_flag.load(std::memory_order_relaxed))) return false;
+            if (r->is_root) set_live(live + 1);
+            make_ready(r);
+            return true;
+        }
+        port::unique_lock l(m);
+        if (closed) return false;
+        if (r->is_root) ++inbox_spawned;
+        enqueue_locked(r);
+        return true;
+    }
+
+    // ---- loop ----
+    void set_live(std::size_t n) noexcept {
+        live = n;
+        n_live.store(n, std::memory_order_relaxed);
+    }
+    void make_ready(runnable* r) noexcept {
+        if (r->queued) return;
+        if (r->linked()) r->unlink();
+        r->queued = true;
+        ready.push_back(r);
+    }
+    void run_next(runnable* r) noexcept {  // before everything that is ready
+        if (r->linked()) r->unlink();
+        r->queued = true;
+        starting.push_front(r);
+    }
+    void drain_locked() noexcept {
+        runnable* r = std::exchange(inbox_head, nullptr);
+        inbox_tail = nullptr;
+        inbox_flag.store(false, std::memory_order_relaxed);
+        idle = false;
+        if (inbox_spawned != 0) set_live(live + std::exchange(inbox_spawned, 0));
+        while (r != nullptr) {
+            runnable* after = r->inbox_next;
+            r->in_inbox = false;
+            if (r->inbox_cancel) r->cancel = true;
+            r->inbox_cancel = false;
+            make_ready(r);
+            r = after;
+        }
+    }
+    void drain() noexcept {
+        if (!inbox_flag.load(std::memory_order_acquire)) return;
+        port::unique_lock l(m);
+        drain_locked();
+    }
+    // Takes r out of every list. Nothing may be able to signal it any more, except a canceller of a root, which is
+    // why a root looks under m.
+    void forget(runnable* r) noexcept {
+        if (r->is_root) {
+            port::unique_lock l(m);
+            if (r->in_inbox) drain_locked();
+        } else if (r->in_inbox) {
+            port::unique_lock l(m);
+            drain_locked();
+        }
+        if (r->linked()) r->unlink();
+        r->queued = false;
+    }
+    void fire_timers() noexcept {
+        const time_point t = now();
+        coarse_ms.store(age_ms(t), std::memory_order_relaxed);
+        if (timers.empty()) return;
+        while (timer_node* n = timers.pop_due(t)) make_ready(n->target);
+    }
+    runnable* pick(list<runnable>& from) noexcept {
+        if (options.shuffle_seed == 0) return from.pop_front();
+        runnable* r = from.front();
+        if (r == nullptr) return nullptr;
+        std::size_t n = 1;
+        for (runnable* i = from.after(r); i != nullptr; i = from.after(i)) ++n;
+        rng += 0x9e3779b97f4a7c15u;  // splitmix64
+        std::uint64_t z = rng;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        for (std::size_t k = static_cast<std::size_t>((z ^ (z >> 31)) % n); k > 0; --k) r = from.after(r);
+        r->unlink();
+        return r;
+    }
+    void step(runnable* r) {
+        budget = 256;
+        bump<std::uint64_t>(n_resumed);
+        r->queued = false;
+        r->run(r);
+        while (runnable* s = starting.pop_front()) {
+            s->queued = false;
+            s->run(s);
+        }
+    }
+    bool spend() noexcept { return --budget > 0; }
+    bool stopping() const noexcept { return stop_flag.load(std::memory_order_relaxed); }
+
+    static void run_chain(runnable* r);
+    void take_turn(frame_base* root);
+    void finish(frame_base* root) noexcept;         // its frames are gone
+    void destroy_frames(frame_base* root) noexcept;  // leaf first
+    void destroy_root(frame_base* root) noexcept;
+    void publish(frame_base* root) noexcept;
+    static void dispose(frame_base* root) noexcept;  // its result was not taken: any thread, the last one that knows it
+    void destroy_all() noexcept;
+    void request_cancel(frame_base* root) noexcept;  // any thread that holds a handle
+    void report_unhandled(std::exception_ptr e, std::string_view name) noexcept;
+    void report_stall(std::string_view name, const char* file, unsigned line, duration d) noexcept;
+    void check_stall() noexcept;  // any thread
+    bool look(std::string& name, std::string& where) const;  // any thread; true if in the middle of a step
+    void fill_watch(frame_base* root) noexcept;
+    void end_pool() noexcept;
+
+    // Waits for work: until the inbox has something, a timer is due, `limit`, or a spurious return.
+    void park(time_point limit) noexcept;
+    void poll_driver() noexcept;
+    std::size_t run_some(std::size_t most);
+    std::size_t poll();
+    template <class Done> bool pump(Done done, time_point until, std::size_t& steps);  // false: nothing can move
+    void set_idle(bool is_idle) noexcept;
+    void run();
+    idle_report run_until_idle();
+    void close() noexcept;  // by the owner, or by the worker's thread at its end; idempotent
+    template <class V> void each_task(V& visit);
+    static void count_spawn(sched_core* c) noexcept;
+};
+
+inline void wake(runnable* r) noexcept {
+    sched_core* c = r->core;
+    if (c == nullptr)
+        r->run(r);
+    else if (current_core() == c)
+        c->make_ready(r);
+    else
+        c->enqueue(r);
+}
+
+/// Marks this thread as the one that runs a core, if nobody does.
+class run_scope : immovable {
+    run_frame frame_;
+    bool mine_ = false;
+
+public:
+    explicit run_scope(sched_core* c) noexcept {
+        port::thread_id nobody{};
+        const port::thread_id me = port::this_thread_id();
+        if (!c->runner.compare_exchange_strong(nobody, me, std::memory_order_acq_rel, std::memory_order_relaxed)) return;
+        mine_ = true;
+        c->home.store(me, std::memory_order_relaxed);
+        frame_.core = c;
+        frame_.outer = std::exchange(current_run(), &frame_);
+        sched_core* outermost = c;
+        for (run_frame* f = frame_.outer; f != nullptr; f = f->outer) outermost = f->core;
+        port::unique_lock l(c->edge_m);
+        c->leader = outermost;
+    }
+    ~run_scope() {
+        if (!mine_) return;
+        sched_core* c = frame_.core;
+        current_run() = frame_.outer;
+        if (c->options.time != nullptr) c->set_idle(c->ready.empty());
+        {
+            port::unique_lock l(c->edge_m);
+            c->leader = nullptr;
+        }
+        c->runner.store(port::thread_id{}, std::memory_order_release);
+    }
+    explicit operator bool() const noexcept { return mine_; }
+};
+
+inline void sched_core::run_chain(runnable* r) {
+    frame_base* root = static_cast<frame_base*>(r);
+    sched_core* c = root->core;
+    if (root->has_deadline) {
+        root->has_deadline = false;
+        if (clock::now() >= root->start_deadline()) root->cancel = true;
+    }
+    if (root->cancel) {
+        c->destroy_root(root);
+        return;
+    }
+    if (c->options.stall_threshold <= duration::zero()) {
+        c->take_turn(root);
+        return;
+    }
+    // Names are copied first: the root may be gone after its turn.
+    const std::string name(root->name());
+    const char* file = root->file;
+    const unsigned line = root->line;
+    const time_point start = clock::now();
+    c->take_turn(root);
+    const duration d = clock::now() - start;
+    if (d >= c->options.stall_threshold) c->report_stall(name, file, line, d);
+}
+
+inline void sched_core::take_turn(frame_base* root) {
+    current = root;
+    if (watch.filled_for != root && root->is_root) fill_watch(root);
+    const unsigned turn = watch.turn.load(std::memory_order_relaxed);
+    watch.turn.store(turn + 1, std::memory_order_relaxed);
+    root->running = true;
+    frame_base* f = root->leaf;
+    do {
+        next = nullptr;
+        f->handle().resume();  // sets next (a child, or the parent of a finished child) or finished, or neither: it waits
+        f = next;
+    } while (f != nullptr && spend());
+    next = nullptr;
+    root->running = false;
+    current = nullptr;
+    watch.turn.store(turn + 2, std::memory_order_relaxed);
+    if (f != nullptr) {  // the budget is used up: everybody else first
+        make_ready(root);
+    } else if (finished != nullptr) {
+        finished = nullptr;
+        root->handle().destroy();
+        if (root->linked()) forget(root);
+        finish(root);
+        return;
+    }
+    if (root->cancel)
+        destroy_root(root);
+    else if (!root->queued && root->is_root)
+        waiting.push_back(root);
+}
+
+inline void sched_core::destroy_frames(frame_base* root) noexcept {
+    frame_base* f = root->leaf;
+    for (;;) {
+        frame_base* up = f == root ? nullptr : f->up;
+        if (f != root && f->owner != nullptr) *f->owner = nullptr;
+        root->leaf = up != nullptr ? up : root;
+        f->handle().destroy();
+        if (up == nullptr) return;
+        f = up;
+    }
+}
+
+inline void sched_core::destroy_root(frame_base* root) noexcept {
+    root->running = true;  // a cancel() from one of its own destructors changes nothing
+    destroy_frames(root);
+    root->running = false;
+    forget(root);
+    root->has = has_nothing;
+    finish(root);
+}
+
+inline void sched_core::finish(frame_base* root) noexcept {
+    completion_hook* hook = root->hook;
+    if (!root->is_root) {  // an arm: its combinator owns the block
+        hook->done(hook, root);
+        return;
+    }
+    if (watch.filled_for == root) watch.filled_for = nullptr;
+    set_live(live - 1);
+    if (root->has == has_value)
+        bump<std::uint64_t>(n_completed);
+    else if (root->has == has_error)
+        bump<std::uint64_t>(n_failed);
+    else
+        bump<std::uint64_t>(n_cancelled);
+    if (hook != nullptr) hook->done(hook, root);
+    publish(root);
+}
+
+// The end of a root: its result becomes visible, whoever waits is woken, and the block goes with the later of this and the
+// handle. The protocol is in the state bits of frame_base.
+inline void sched_core::publish(frame_base* root) noexcept {
+    unsigned s = root->state.load(std::memory_order_acquire);
+    while ((s & (frame_base::k_joiner | frame_base::k_cancel)) == 0) {
+        if ((s & frame_base::k_handle) == 0) {  // detached: nobody else can reach it
+            dispose(root);
+            return;
+        }
+        if (root->state.compare_exchange_strong(s, s | frame_base::k_done | frame_base::k_released, std::memory_order_acq_rel,
+                                                std::memory_order_acquire))
+            return;
+    }
+    s = root->state.fetch_or(frame_base::k_done, std::memory_order_acq_rel);
+    if ((s & frame_base::k_cancel) != 0) forget(root);  // a canceller that comes later sees k_done under m
+    if ((s & frame_base::k_joiner) != 0) {
+        port::unique_lock l(join_m);
+        if (runnable* joiner = std::exchange(root->joiner, nullptr)) {
+            if (joiner->core != this) external.fetch_sub(1, std::memory_order_relaxed);
+            wake(joiner);
+        }
+    }
+    s = root->state.fetch_or(frame_base::k_released, std::memory_order_acq_rel);
+    if ((s & frame_base::k_handle) == 0) dispose(root);
+}
+
+inline void sched_core::dispose(frame_base* root) noexcept {
+    if (root->has == has_error && root->hook == nullptr) {
+        std::exception_ptr e;
+        root->release(root, &e);
+        root->core->report_unhandled(std::move(e), root->name());
+    }
+    root->release(root, nullptr);
+}
+
+inline void sched_core::request_cancel(frame_base* root) noexcept {
+    const unsigned s = root->state.fetch_or(frame_base::k_cancel, std::memory_order_acq_rel);
+    if ((s & (frame_base::k_cancel | frame_base::k_done)) != 0) return;
+    if (current_core() == this) {
+        root->cancel = true;
+        if (!root->running) make_ready(root);
+        return;
+    }
+    port::unique_lock l(m);
+    if ((root->state.load(std::memory_order_acquire) & frame_base::k_done) != 0) return;
+    root->inbox_cancel = true;
+    enqueue_locked(root);
+}
+
+// Destroys every task and drops every posted function. Destructors may wake, cancel and spawn: so until nothing is left.
+inline void sched_core::destroy_all() noexcept {
+    {
+        port::unique_lock l(m);
+        closed = true;
+    }
+    dead = true;
+    if (frame_base* torn = std::exchange(current, nullptr)) {  // its step was torn off by a forced unwind
+        torn->running = false;
+        destroy_root(torn);
+    }
+    for (;;) {
+        {
+            port::unique_lock l(m);
+            drain_locked();
+        }
+        runnable* r = starting.pop_front();
+        if (r == nullptr) r = pass.pop_front();
+        if (r == nullptr) r = ready.pop_front();
+        if (r == nullptr) r = waiting.pop_front();
+        if (r == nullptr) return;
+        r->queued = false;
+        if (r->is_root) {
+            destroy_root(static_cast<frame_base*>(r));
+        } else if (r->is_post) {
+            r->cancel = true;
+            r->run(r);
+        }  // else an arm: it goes with the root that owns it
+    }
+}
+
+inline void sched_core::report_unhandled(std::exception_ptr e, std::string_view name) noexcept {
+    n_unhandled.fetch_add(1, std::memory_order_relaxed);
+    RTB_DETAIL_TRY {
+        if (options.on_unhandled) {
+            options.on_unhandled(std::move(e), name);
+            return;
+        }
+        std::string text = "a detached task failed: ";
+        text += name.empty() ? std::string_view("(unnamed)") : name;
+#if RTB_DETAIL_EXCEPTIONS
+        try {
+            if (e) std::rethrow_exception(e);
+        } catch (const std::exception& x) {
+            text += ": ";
+            text += x.what();
+        } catch (...) {
+            text += ": an exception that is not a std::exception";
+        }
+#endif
+        log(log_level::error, text);
+    }
+    RTB_DETAIL_CATCH_ALL { log(log_level::error, "on_unhandled threw, or there was no memory for the report"); }
+}
+
+inline void sched_core::report_stall(std::string_view name, const char* file, unsigned line, duration d) noexcept {
+    n_stalls.fetch_add(1, std::memory_order_relaxed);
+    RTB_DETAIL_TRY {
+        const std::string where = std::string(file != nullptr ? file : "?") + ":" + std::to_string(line);
+        if (options.on_stall) {
+            options.on_stall(name, where, d);
+            return;
+        }
+        std::string text = "a step blocked its scheduler: ";
+        text += name.empty() ? std::string_view("(unnamed)") : name;
+        text += ", spawned at " + where + ", for " +
+                std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(d).count()) + " ms";
+        log(log_level::warning, text);
+    }
+    RTB_DETAIL_CATCH_ALL { log(log_level::error, "on_stall threw, or there was no memory for the report"); }
+}
+
+inline void sched_core::fill_watch(frame_base* root) noexcept {
+    watch.filled_for = root;
+    const std::string_view name = root->name();
+    char text[32] = {};
+    name.copy(text, sizeof text - 1);
+    std::uint64_t words[4];
+    std::memcpy(words, text, sizeof words);
+    const unsigned s = watch.seq.load(std::memory_order_relaxed);
+    // sync: a reader that sees a word of this fill (release/acquire on the word) sees the odd count as well, and so retries.
+    watch.seq.store(s + 1, std::memory_order_relaxed);
+    for (int i = 0; i < 4; ++i) watch.name[i].store(words[i], std::memory_order_release);
+    watch.file.store(root->file, std::memory_order_release);
+    watch.line.store(root->line, std::memory_order_release);
+    watch.seq.store(s + 2, std::memory_order_release);
+}
+
+inline bool sched_core::look(std::string& name, std::string& where) const {
+    const bool busy = (watch.turn.load(std::memory_order_acquire) & 1u) != 0;
+    for (int tries = 0; tries < 1000; ++tries) {
+        const unsigned before = watch.seq.load(std::memory_order_acquire);
+        std::uint64_t words[4];
+        for (int i = 0; i < 4; ++i) words[i] = watch.name[i].load(std::memory_order_acquire);
+        const char* file = watch.file.load(std::memory_order_acquire);
+        const unsigned line = watch.line.load(std::memory_order_acquire);
+        if ((before & 1u) != 0 || watch.seq.load(std::memory_order_relaxed) != before) continue;
+        char text[32];
+        std::memcpy(text, words, sizeof text);
+        text[31] = 0;
+        name = text;
+        where = std::string(file != nullptr ? file : "?") + ":" + std::to_string(line);
+        break;
+    }
+    return busy;
+}
+
+inline void sched_core::check_stall() noexcept {
+    if (options.stall_threshold <= duration::zero()) return;
+    const unsigned turn = watch.turn.load(std::memory_order_acquire);
+    const time_point t = clock::now();
+    duration d{};
+    {
+        port::unique_lock l(stall_m);
+        if (turn != stall_turn) {
+            stall_turn = turn;
+            stall_since = t;
+            return;
+        }
+        d = t - stall_since;
+        if ((turn & 1u) == 0 || stall_reported == turn || d < options.stall_threshold) return;
+        stall_reported = turn;
+    }
+    RTB_DETAIL_TRY {
+        std::string name, where;
+        if (!look(name, where)) return;
+        const std::size_t colon = where.rfind(':');
+        report_stall(name, where.substr(0, colon).c_str(), static_cast<unsigned>(std::stoul(where.substr(colon + 1))), d);
+    }
+    RTB_DETAIL_CATCH_ALL {}
+}
+
+inline void sched_core::set_idle(bool is_idle) noexcept {
+    port::unique_lock l(m);
+    idle = is_idle && inbox_head == nullptr;
+    idle_deadline = timers.earliest().value_or(never);
+}
+
+inline void sched_core::poll_driver() noexcept {
+    if (options.io == nullptr) return;
+    RTB_DETAIL_TRY { options.io->park(options.time != nullptr ? clock::now() : now()); }
+    RTB_DETAIL_CATCH_ALL { log(log_level::error, "driver::park threw"); }
+}
+
+inline void sched_core::park(time_point limit) noexcept {
+    bump<std::uint64_t>(n_parks);
+    time_point until = limit;
+    if (options.time == nullptr) until = (std::min)(until, timers.earliest().value_or(never));
+    if (options.io == nullptr) {
+        auto has_work = [this] { return inbox_flag.load(std::memory_order_acquire); };
+        if (park_spin.wait(options.spin, until, has_work)) return;
+        port::unique_lock l(m);
+        if (inbox_flag.load(std::memory_order_relaxed)) return;
+        parked = true;
+        if (until == never)
+            cv.wait(l);
+        else
+            cv.wait_until(l, until);
+        parked = false;
+        return;
+    }
+    {
+        port::unique_lock l(m);
+        if (inbox_flag.load(std::memory_order_relaxed)) return;
+        parked = true;
+    }
+    RTB_DETAIL_TRY {
+        if (until == never)
+            options.io->park(std::nullopt);
+        else
+            options.io->park(until);
+    }
+    RTB_DETAIL_CATCH_ALL { log(log_level::error, "driver::park threw"); }
+    port::unique_lock l(m);
+    parked = false;
+}
+
+inline std::size_t sched_core::run_some(std::size_t most) {
+    drain();
+    fire_timers();
+    std::size_t n = 0;
+    while (n < most) {
+        runnable* r = pick(ready);
+        if (r == nullptr) break;
+        step(r);
+        ++n;
+        if (stopping()) break;
+    }
+    return n;
+}
+
+// One pass over what is ready at entry; what becomes ready meanwhile waits for the next pass.
+inline std::size_t sched_core::poll() {
+    poll_driver();
+    drain();
+    fire_timers();
+    pass.take_all(ready);
+    std::size_t n = 0;
+    while (!stopping()) {
+        runnable* r = pick(pass);
+        if (r == nullptr) break;
+        step(r);
+        ++n;
+    }
+    pass.take_all(ready);  // after a stop: what is left keeps its place
+    ready.take_all(pass);
+    return n;
+}
+
+// Runs until done(); then true. False: stopped, the time is over, or (manual clock) nothing can move any more.
+template <class Done> bool sched_core::pump(Done done, time_point until, std::size_t& steps) {
+    unsigned rounds = 0;
+    for (;;) {
+        if (done()) return true;
+        if (stopping()) return false;
+        drain();
+        fire_timers();
+        for (int i = 0; i < 64; ++i) {
+            runnable* r = pick(ready);
+            if (r == nullptr) break;
+            step(r);
+            ++steps;
+            if (done()) return true;
+            if (stopping()) return false;
+        }
+        const bool idle_now = ready.empty() && !inbox_flag.load(std::memory_order_acquire);
+        if (idle_now || (++rounds & 15u) == 0) {
+            if (until != never && clock::now() >= until) return false;
+            poll_driver();
+        }
+        if (!idle_now || !ready.empty()) continue;
+        if (options.time == nullptr) {
+            park(until);
+            continue;
+        }
+        set_idle(true);
+        const manual_clock::jump j = options.time->try_jump(this);
+        if (j == manual_clock::jump::moved) continue;
+        if (j == manual_clock::jump::nothing) {
+            if (inbox_flag.load(std::memory_order_acquire)) continue;
+            return false;
+        }
+        park(until);  // somebody else of this clock is still at work: they wake us when they are idle
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.sched.deadlock   who waits for whom, and how a thread waits for a scheduler
+// ---------------------------------------------------------------------------------------------------------------------
+// Vertex: a thread that runs schedulers, named by its outermost one (the leader). Edge: that thread blocks for an answer
+// of another scheduler. Plain threads publish nothing and pay nothing. An answer removes the edge before it marks the
+// blocked thread's slot, so an edge that can be seen is a wait that has not been answered.
+inline port::mutex& detect_mutex() noexcept {  // lock order: detect, then one edge_m at a time
+    static port::mutex m;
+    return m;
+}
+
+inline void clear_edge(sched_core* leader) noexcept {
+    port::unique_lock l(leader->edge_m);
+    leader->edge_to = nullptr;
+}
+
+/// Follows the edges from `self`; true if they lead back. `trace` identifies the waits on the way. A wait that ends before
+/// `until` by itself breaks the cycle in time and does not count.
+inline bool leads_back(sched_core* self, time_point until, std::uint64_t& trace) noexcept {
+    trace = 0;
+    sched_core* target = nullptr;
+    {
+        port::unique_lock l(self->edge_m);
+        target = self->edge_to;
+        if (target != nullptr) target->add_ref();
+    }
+    bool found = false;
+    for (int hops = 0; target != nullptr && hops < 1000; ++hops) {
+        sched_core* leader = nullptr;
+        {
+            port::unique_lock l(target->edge_m);
+            leader = target->leader;
+            if (leader != nullptr) leader->add_ref();
+        }
+        target->drop_ref();
+        target = nullptr;
+        if (leader == nullptr) break;
+        if (leader == self) {
+            leader->drop_ref();
+            found = true;
+            break;
+        }
+        {
+            port::unique_lock l(leader->edge_m);
+            if (leader->edge_to != nullptr && leader->edge_until >= until) {
+                target = leader->edge_to;
+                target->add_ref();
+                trace = trace * 31 + leader->edge_epoch + reinterpret_cast<std::uintptr_t>(leader);
+            }
+        }
+        leader->drop_ref();
+    }
+    if (target != nullptr) target->drop_ref();
+    return found;
+}
+
+/// Publishes that this thread, which runs schedulers, waits for `target`. False: that would close a cycle; nothing is
+/// published then.
+inline bool publish_edge(sched_core* leader, sched_core* target, time_point until) noexcept {
+    {
+        port::unique_lock l(leader->edge_m);
+        leader->edge_to = target;
+        leader->edge_until = until;
+        ++leader->edge_epoch;
+    }
+    std::uint64_t first = 0, second = 0;
+    if (!leads_back(leader, until, first)) return true;
+    // Two threads may close a cycle at once. Only one of them may give up: decide one at a time, and only on a cycle that
+    // stood still between two looks.
+    port::unique_lock one_at_a_time(detect_mutex());
+    for (;;) {
+        if (!leads_back(leader, until, first)) return true;
+        if (!leads_back(leader, until, second)) return true;
+        if (first == second) break;
+    }
+    clear_edge(leader);
+    return false;
+}
+
+inline void blocker::set() noexcept {
+    if (edge_of != nullptr) clear_edge(edge_of);
+    // sync: acq_rel publishes the result to the waiter. A waiter that still spins may go at once, so nothing of it is
+    // touched after this, unless it is parked: then it can't leave before woken_ is set under m_.
+    if (state_.exchange(done, std::memory_order_acq_rel) != parked) return;
+    port::unique_lock l(m_);
+    woken_ = true;
+    cv_.notify_one();
+}
+
+enum class wait_end { done, timed_out, would_deadlock };
+
+inline bool runs_here(const sched_core* c) noexcept {
+    for (const run_frame* r = current_run(); r != nullptr; r = r->outer)
+        if (r->core == c) return true;
+    return false;
+}
+inline sched_core* current_leader() noexcept {
+    sched_core* leader = nullptr;
+    for (const run_frame* r = current_run(); r != nullptr; r = r->outer) leader = r->core;
+    return leader;
+}
+
+/// Waits for an answer of c. The caller has registered b already and, unless the result is `done`, unregisters it.
+/// Inside a run of c: would_deadlock. On the home thread of a scheduler that nobody runs: runs it. Else: blocks.
+inline wait_end wait_for_answer(sched_core* c, blocker& b, time_point until) {
+    if (b.is_done()) return wait_end::done;
+    if (runs_here(c)) return wait_end::would_deadlock;
+    if (!c->on_worker && c->home.load(std::memory_order_relaxed) == port::this_thread_id()) {
+        run_scope scope(c);
+        if (scope) {
+            std::size_t steps = 0;
+            if (c->pump([&b] { return b.is_done(); }, until, steps)) return wait_end::done;
+            if (b.is_done()) return wait_end::done;
+            return until != never && clock::now() >= until ? wait_end::timed_out : wait_end::would_deadlock;
+        }
+    }
+    if (sched_core* leader = current_leader()) {
+        if (b.edge_of == nullptr && !publish_edge(leader, c, until)) return wait_end::would_deadlock;
+        const bool answered = b.wait(c->wait_spin, c->options.spin, until);
+        clear_edge(leader);
+        return answered ? wait_end::done : wait_end::timed_out;
+    }
+    return b.wait(c->wait_spin, c->options.spin, until) ? wait_end::done : wait_end::timed_out;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.clock   manual_clock, the part that needs the schedulers
+// ---------------------------------------------------------------------------------------------------------------------
+class [[nodiscard]] clock_guard {
+    manual_clock* c_;
+
+public:
+    explicit clock_guard(manual_clock* c) noexcept : c_(c) {}
+    clock_guard(clock_guard&& o) noexcept : c_(std::exchange(o.c_, nullptr)) {}
+    clock_guard& operator=(clock_guard&&) = delete;
+    ~clock_guard() {
+        if (c_ == nullptr) return;
+        port::unique_lock l(c_->m_);
+        if (--c_->busy_ == 0) c_->wake_all();
+    }
+    static void attach(manual_clock* c, sched_core* s) noexcept {
+        port::unique_lock l(c->m_);
+        s->clock_next = std::exchange(c->cores_, s);
+    }
+    static void detach(manual_clock* c, sched_core* s) noexcept {
+        port::unique_lock l(c->m_);
+        for (sched_core** p = &c->cores_; *p != nullptr; p = &(*p)->clock_next)
+            if (*p == s) {
+                *p = s->clock_next;
+                break;
+            }
+        c->wake_all();  // the others may have waited for this one to become idle
+    }
+};
+}  // namespace detail
+
+inline void manual_clock::wake_all() noexcept {
+    for (detail::sched_core* s = cores_; s != nullptr; s = s->clock_next) s->poke();
+}
+inline void manual_clock::advance(duration by) noexcept {
+    detail::port::unique_lock l(m_);
+    now_.store(detail::deadline_after(now(), by).time_since_epoch().count(), std::memory_order_release);
+    wake_all();
+}
+inline void manual_clock::auto_advance(bool on) noexcept {
+    detail::port::unique_lock l(m_);
+    auto_ = on;
+    wake_all();
+}
+inline detail::clock_guard manual_clock::keep_busy() noexcept {
+    detail::port::unique_lock l(m_);
+    ++busy_;
+    return detail::clock_guard(this);
+}
+// Time jumps only if every scheduler of this clock is idle with an empty inbox, and only to the earliest timer of all.
+inline manual_clock::jump manual_clock::try_jump(detail::sched_core* asking) noexcept {
+    detail::port::unique_lock l(m_);
+    time_point earliest = detail::never;
+    for (detail::sched_core* s = cores_; s != nullptr; s = s->clock_next) {
+        detail::port::unique_lock ls(s->m);
+        if (s->idle && s->inbox_head == nullptr && s->idle_deadline > now()) {
+            earliest = (std::min)(earliest, s->idle_deadline);
+            continue;
+        }
+        if (s == asking || s->runner.load(std::memory_order_relaxed) == detail::port::thread_id{}) return jump::nothing;
+        return jump::others;
+    }
+    if (busy_ != 0) return jump::others;
+    if (!auto_ || earliest == detail::never) {
+        for (detail::sched_core* s = cores_; s != nullptr; s = s->clock_next) {  // nobody can go on: those who wait for that
+            detail::port::unique_lock ls(s->m);
+            if (s != asking && std::exchange(s->pumping, false)) s->wake_loop_locked();
+        }
+        return jump::nothing;
+    }
+    now_.store(earliest.time_since_epoch().count(), std::memory_order_release);
+    wake_all();
+    return jump::moved;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.task   task<T>, its promise, and what can be awaited
+// ---------------------------------------------------------------------------------------------------------------------
+template <class T = void> class task;
+template <class T = void> class join_handle;
+
+namespace detail {
+template <class T> struct promise;
+
+inline std::uintptr_t round_up(std::uintptr_t n, std::uintptr_t to) noexcept { return (n + to - 1) & ~(to - 1); }
+
+// Where the result of a task<T> is: right in front of its frame_base. An error is kept in the same place.
+template <class T> struct result_slot {
+    using value = stored<T>;
+    static constexpr std::size_t k_size = sizeof(value) > sizeof(std::exception_ptr) ? sizeof(value) : sizeof(std::exception_ptr);
+    static constexpr std::size_t k_align = alignof(value) > alignof(std::exception_ptr) ? alignof(value) : alignof(std::exception_ptr);
+    static void* place(frame_base* f) noexcept {
+        return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(f) - k_size) & ~(std::uintptr_t{k_align} - 1));
+    }
+    static value& get(frame_base* f) noexcept { return *std::launder(static_cast<value*>(place(f))); }
+    static std::exception_ptr& error(frame_base* f) noexcept { return *std::launder(static_cast<std::exception_ptr*>(place(f))); }
+    static void destroy(frame_base* f) noexcept {
+        if (f->has == has_value)
+            get(f).~value();
+        else if (f->has == has_error)
+            error(f).~exception_ptr();
+        f->has = has_nothing;
+    }
+};
+
+// How a block is given back. The allocator, if there is one, is kept at the start of the allocation.
+template <class T, class Free> void release_block(frame_base* f, std::exception_ptr* copy_error) noexcept {
+    if (copy_error != nullptr) {
+        *copy_error = result_slot<T>::error(f);
+        return;
+    }
+    result_slot<T>::destroy(f);
+    if (f->name_is_long) delete[] f->long_name;
+    sched_core* core = f->is_root ? f->core : nullptr;
+    Free::free(f);
+    if (core != nullptr) core->drop_ref();
+}
+struct default_free {
+    static void free(frame_base* f) noexcept {
+        char* start = reinterpret_cast<char*>(f + 1) - f->offset;
+        f->~frame_base();
+        RTB_FREE(start);
+    }
+};
+template <class Alloc> struct allocator_free {
+    struct alignas(16) unit {
+        char bytes[16];
+    };
+    using units = typename std::allocator_traits<Alloc>::template rebind_alloc<unit>;
+    struct header {
+        units alloc;
+        std::size_t count;
+    };
+    static void free(frame_base* f) noexcept {
+        char* start = reinterpret_cast<char*>(f + 1) - f->offset;
+        f->~frame_base();
+        header* h = std::launder(reinterpret_cast<header*>(start));
+        units alloc(std::move(h->alloc));
+        const std::size_t count = h->count;
+        h->~header();
+        std::allocator_traits<units>::deallocate(alloc, reinterpret_cast<unit*>(start), count);
+    }
+};
+
+/// Allocation of a task<T>'s block; the layout is described at frame_base.
+template <class T> struct frame_memory {
+    static constexpr std::size_t k_frame_align = RTB_FRAME_ALIGN < 16 ? 16 : RTB_FRAME_ALIGN;
+    static constexpr std::size_t k_align = k_frame_align > result_slot<T>::k_align ? k_frame_align : result_slot<T>::k_align;
+    // A multiple of 16, so that aligning the frame skips at most k_align - k_given bytes.
+    static constexpr std::size_t k_slot_align = result_slot<T>::k_align > 16 ? result_slot<T>::k_align : 16;
+    static constexpr std::size_t k_front = sizeof(frame_base) + ((result_slot<T>::k_size + k_slot_align - 1) & ~(k_slot_align - 1)) +
+                                           (k_slot_align > sizeof(frame_base) ? k_slot_align : 0);
+    static constexpr std::size_t k_given = __STDCPP_DEFAULT_NEW_ALIGNMENT__ < 16 ? __STDCPP_DEFAULT_NEW_ALIGNMENT__ : 16;
+    static_assert((RTB_FRAME_ALIGN & (RTB_FRAME_ALIGN - 1)) == 0, "RTB_FRAME_ALIGN must be a power of two");
+
+    // The most that a block needs, for memory that is aligned to k_given.
+    static constexpr std::size_t total(std::size_t frame, std::size_t extra) noexcept { return extra + k_front + (k_align - k_given) + frame; }
+    static void* lay_out(void* start, std::size_t extra, void (*release)(frame_base*, std::exception_ptr*) noexcept) noexcept {
+        const std::uintptr_t at = round_up(reinterpret_cast<std::uintptr_t>(start) + extra + k_front, k_align);
+        frame_base* f = ::new (reinterpret_cast<void*>(at - sizeof(frame_base))) frame_base;
+        f->release = release;
+        f->offset = static_cast<std::uint32_t>(at - reinterpret_cast<std::uintptr_t>(start));
+        return reinterpret_cast<void*>(at);
+    }
+
+    static void* operator new(std::size_t size) {
+        void* start = RTB_ALLOC(total(size, 0));
+        if (start == nullptr) RTB_DETAIL_THROW(std::bad_alloc(), "out of memory for a coroutine frame");
+        return lay_out(start, 0, &release_block<T, default_free>);
+    }
+    template <class Alloc, class... Args> static void* with_allocator(std::size_t size, const Alloc& a) {
+        using how = allocator_free<Alloc>;
+        using units = typename how::units;
+        constexpr std::size_t extra = (sizeof(typename how::header) + 15) & ~std::size_t{15};
+        units alloc(a);
+        const std::size_t count = (total(size, extra) + 15) / 16;
+        void* start = std::allocator_traits<units>::allocate(alloc, count);
+        ::new (start) typename how::header{std::move(alloc), count};
+        return lay_out(start, extra, &release_block<T, how>);
+    }
+    template <class Alloc, class... Args> static void* operator new(std::size_t size, std::allocator_arg_t, const Alloc& a, const Args&...) {
+        return with_allocator(size, a);
+    }
+    template <class This, class Alloc, class... Args>
+    static void* operator new(std::size_t size, const This&, std::allocator_arg_t, const Alloc& a, const Args&...) {
+        return with_allocator(size, a);
+    }
+    static void operator delete(void* frame) noexcept {
+        frame_base* f = static_cast<frame_base*>(frame) - 1;
+        if (!f->keep_block) f->release(f, nullptr);
+    }
+};
+
+// An awaitable of this library: a leaf. It is used through this protocol, which task<T>, when_any and the others share:
+//   bool ready(sched_core*)    may complete at once; may take what it came for (its destructor then gives it back)
+//   bool suspend(runnable*)    registers; false: ready after all. Copied arguments must be moved in by then.
+//   R    resume()              after true/false/wake-up: the result
+// Leaves can be moved until they are started. Their destructors unregister, on the loop's thread.
+template <class A>
+concept leaf = requires { typename std::remove_cvref_t<A>::rtb_leaf; };
+/// Something that is awaited through a leaf that refers to it: join_handle, oneshot_receiver.
+template <class A>
+concept has_leaf = requires(std::remove_cvref_t<A>& a) { a.rtb_wait(); };
+
+template <class L> class leaf_awaiter {
+    L& leaf_;
+    frame_base* frame_;
+
+public:
+    leaf_awaiter(L& l, frame_base* f) noexcept : leaf_(l), frame_(f) {}
+    bool await_ready() {
+        sched_core* c = frame_->chain->core;
+        return c->spend() && leaf_.ready(c);
+    }
+    // noinline: clang before 17 may keep locals of an inlined await_suspend in the frame, which another thread may resume.
+    RTB_DETAIL_NOINLINE void await_suspend(std::coroutine_handle<>) {
+        frame_base* chain = frame_->chain;
+        if (!leaf_.suspend(chain)) chain->core->make_ready(chain);
+    }
+    decltype(auto) await_resume() { return leaf_.resume(); }
+};
+template <class L> class owned_leaf_awaiter {  // for has_leaf: the leaf lives in the awaiter
+    L leaf_;
+    frame_base* frame_;
+
+public:
+    owned_leaf_awaiter(L&& l, frame_base* f) : leaf_(std::move(l)), frame_(f) {}
+    bool await_ready() {
+        sched_core* c = frame_->chain->core;
+        return c->spend() && leaf_.ready(c);
+    }
+    RTB_DETAIL_NOINLINE void await_suspend(std::coroutine_handle<>) {
+        frame_base* chain = frame_->chain;
+        if (!leaf_.suspend(chain)) chain->core->make_ready(chain);
+    }
+    decltype(auto) await_resume() { return leaf_.resume(); }
+};
+
+/// Moves the result out of a frame's slot, or rethrows its error. The block is not touched otherwise.
+template <class T> T take_result(frame_base* f) {
+    using slot = result_slot<T>;
+    if (f->has == has_error) {
+#if RTB_DETAIL_EXCEPTIONS
+        std::rethrow_exception(std::move(slot::error(f)));
+#endif
+    }
+    if (f->has != has_value) RTB_DETAIL_THROW(bad_task("rtb: this task was already awaited"), "a task was awaited twice");
+    if constexpr (std::is_reference_v<T>)
+        return static_cast<T>(*slot::get(f));
+    else if constexpr (!std::is_void_v<T>)
+        return std::move(slot::get(f));
+}
+
+template <class T> class task_awaiter {
+    task<T>& task_;
+    frame_base* parent_;
+
+public:
+    task_awaiter(task<T>& t, frame_base* parent) noexcept : task_(t), parent_(parent) {}
+    bool await_ready() const noexcept { return task_.frame_ == nullptr || task_.frame_->started; }  // misuse: see await_resume
+    void await_suspend(std::coroutine_handle<>) noexcept {
+        frame_base* child = task_.frame_;
+        frame_base* chain = parent_->chain;
+        child->started = true;
+        child->chain = chain;
+        child->up = parent_;
+        child->owner = &task_.frame_;
+        chain->leaf = child;
+        chain->core->next = child;
+    }
+    T await_resume() {
+        if (task_.frame_ == nullptr) RTB_DETAIL_THROW(bad_task("rtb: an empty task was awaited"), "an empty task was awaited");
+        if (!task_.frame_->done) RTB_DETAIL_THROW(bad_task("rtb: this task was already awaited"), "a task was awaited twice");
+        const task<T> gone(std::move(task_));  // the child's frame goes now, not with the task object
+        return take_result<T>(gone.frame_);
+    }
+};
+
+struct final_awaiter {
+    final_awaiter() noexcept {}
+    bool await_ready() const noexcept { return false; }
+    template <class P> void await_suspend(std::coroutine_handle<P> h) const noexcept {
+        frame_base* f = h.promise().base();
+        frame_base* chain = f->chain;
+        f->done = true;
+        if (f == chain) {
+            chain->core->finished = f;
+        } else {
+            chain->leaf = f->up;
+            chain->core->next = f->up;
+        }
+    }
+    void await_resume() const noexcept {}
+};
+
+template <class A> auto make_awaiter(A&& a, frame_base* f);  // foreign awaitables: see >>core.foreign
+
+template <class T> struct promise_base : frame_memory<T> {
+    frame_base* base() noexcept {
+        return reinterpret_cast<frame_base*>(std::coroutine_handle<promise<T>>::from_promise(static_cast<promise<T>&>(*this)).address()) - 1;
+    }
+    task<T> get_return_object() noexcept {
+        frame_base* f = base();
+#if defined(__GNUC__) || defined(__clang__)
+        // Keeps clang from eliding the allocation (HALO): everything here relies on the block in front of the frame.
+        asm volatile("" : "+r"(f) : : "memory");
+#endif
+        return task<T>(f);
+    }
+    std::suspend_always initial_suspend() const noexcept { return {}; }
+    final_awaiter final_suspend() const noexcept { return {}; }
+    void unhandled_exception() {
+#if RTB_DETAIL_EXCEPTIONS
+        std::exception_ptr e = std::current_exception();
+        if (!e) throw;  // a forced unwind (pthread_cancel) or a foreign exception: not ours to swallow
+        ::new (result_slot<T>::place(base())) std::exception_ptr(std::move(e));
+        base()->has = has_error;
+#endif
+    }
+    template <class U> task_awaiter<U> await_transform(task<U>& t) noexcept { return {t, base()}; }
+    template <class U> task_awaiter<U> await_transform(task<U>&& t) noexcept { return {t, base()}; }
+    template <leaf L> leaf_awaiter<std::remove_reference_t<L>> await_transform(L&& l) noexcept { return {l, base()}; }
+    template <has_leaf W> auto await_transform(W&& w) {
+        using L = decltype(w.rtb_wait());
+        return owned_leaf_awaiter<L>(w.rtb_wait(), base());
+    }
+    template <class A>
+        requires(!leaf<A> && !has_leaf<A>)
+    auto await_transform(A&& a) {
+        return make_awaiter(std::forward<A>(a), base());
+    }
+};
+template <class T> struct promise : promise_base<T> {
+    template <class U = T>
+        requires std::is_convertible_v<U&&, T>
+    void return_value(U&& value) {
+        frame_base* f = this->base();
+        if constexpr (std::is_reference_v<T>)
+            ::new (result_slot<T>::place(f)) stored<T>(std::addressof(static_cast<std::remove_reference_t<T>&>(static_cast<T>(value))));
+        else
+            ::new (result_slot<T>::place(f)) stored<T>(std::forward<U>(value));
+        f->has = has_value;
+    }
+};
+template <> struct promise<void> : promise_base<void> {
+    void return_void() noexcept {
+        frame_base* f = base();
+        ::new (result_slot<void>::place(f)) std::monostate;
+        f->has = has_value;
+    }
+};
+
+struct task_access;
+struct handle_access;
+}  // namespace detail
+
+/// A lazy coroutine: nothing runs until it is awaited, spawned or blocked on. Awaited once; move-only; owns its frame.
+///
+/// Result    what it returns: void, values (move-only, over-aligned, not default-constructible), references.
+/// Resumes   on the scheduler that runs it, always; a foreign awaitable that resumes elsewhere hops back first.
+/// Cancel    destroying a suspended chain of tasks cancels it; innermost frame first.
+/// Errors    an exception goes to whoever awaits. Awaiting twice, or an empty task, throws bad_task.
+/// Allocates one block per call, by RTB_ALLOC or by the allocator in f(std::allocator_arg, alloc, ...).
+/// Threads   unsafe, like any value; the block may be freed on another thread.
+/// Cost      about 20 ns per `co_await child()`; no stack growth, at any optimisation level.
+template <class T> class [[nodiscard]] task {
+    detail::frame_base* frame_ = nullptr;
+
+    template <class U> friend struct detail::promise_base;
+    template <class U> friend class detail::task_awaiter;
+    friend struct detail::task_access;
+    explicit task(detail::frame_base* f) noexcept : frame_(f) {}
+
+public:
+    using promise_type = detail::promise<T>;
+    using value_type = T;
+    task() noexcept = default;
+    task(task&& o) noexcept : frame_(std::exchange(o.frame_, nullptr)) {}
+    task& operator=(task&& o) noexcept {
+        task old(std::move(*this));
+        frame_ = std::exchange(o.frame_, nullptr);
+        return *this;
+    }
+    ~task() {
+        if (frame_ != nullptr) frame_->handle().destroy();
+    }
+    explicit operator bool() const noexcept { return frame_ != nullptr; }
+};
+
+namespace detail {
+struct task_access {
+    template <class T> static frame_base* release(task<T>& t) noexcept { return std::exchange(t.frame_, nullptr); }
+    template <class T> static bool fresh(const task<T>& t) noexcept { return t.frame_ != nullptr && !t.frame_->started; }
+};
+template <class> inline constexpr bool is_task = false;
+template <class T> inline constexpr bool is_task<task<T>> = true;
+
+// What `co_await a` inside a task gives, for whatever can be awaited.
+template <class A>
+concept has_member_co_await = requires(A&& a) { static_cast<A&&>(a).operator co_await(); };
+template <class A>
+concept has_free_co_await = requires(A&& a) { operator co_await(static_cast<A&&>(a)); };
+template <class A> decltype(auto) foreign_awaiter_of(A&& a) {
+    if constexpr (has_member_co_await<A>)
+        return static_cast<A&&>(a).operator co_await();
+    else if constexpr (has_free_co_await<A>)
+        return operator co_await(static_cast<A&&>(a));
+    else
+        return static_cast<A&&>(a);
+}
+template <class W>
+concept awaiter = requires(W& w, std::coroutine_handle<> h) {
+    w.await_ready() ? 0 : 1;
+    w.await_suspend(h);
+    w.await_resume();
+};
+template <class A>
+concept foreign = !leaf<A> && !has_leaf<A> && !is_task<std::remove_cvref_t<A>> &&
+                  awaiter<std::remove_reference_t<decltype(foreign_awaiter_of(std::declval<A>()))>>;
+template <class A>
+concept awaitable = is_task<std::remove_cvref_t<A>> || leaf<A> || has_leaf<A> || foreign<A>;
+
+template <class A> struct await_result;
+template <class A>
+    requires is_task<std::remove_cvref_t<A>>
+struct await_result<A> {
+    using type = typename std::remove_cvref_t<A>::value_type;
+};
+template <leaf A> struct await_result<A> {
+    using type = decltype(std::declval<std::remove_cvref_t<A>&>().resume());
+};
+template <has_leaf A> struct await_result<A> {
+    using type = decltype(std::declval<std::remove_cvref_t<A>&>().rtb_wait().resume());
+};
+template <foreign A> struct await_result<A> {
+    using raw = decltype(std::declval<std::remove_reference_t<decltype(foreign_awaiter_of(std::declval<A>()))>&>().await_resume());
+    using type = std::conditional_t<std::is_rvalue_reference_v<raw>, std::remove_reference_t<raw>, raw>;
+};
+template <class A> using await_result_t = typename await_result<A>::type;
+
+// "An awaitable, or a callable that returns one": the result type of either.
+template <class A>
+concept calls_awaitable = !awaitable<A> && requires(std::remove_reference_t<A>& f) {
+    f();
+    requires awaitable<decltype(f())>;
+};
+template <class A> struct work_result;
+template <awaitable A> struct work_result<A> {
+    using type = await_result_t<A>;
+};
+template <calls_awaitable A> struct work_result<A> {
+    using type = await_result_t<decltype(std::declval<std::remove_reference_t<A>&>()())>;
+};
+template <class A>
+concept work = awaitable<A> || calls_awaitable<A>;
+template <class A> using work_result_t = typename work_result<A>::type;
+
+// Adapters: any work as a task. Functions with named parameters, no closures: see the g++ 12.2 traps.
+template <class R, class A> task<R> await_as_task(A a) { co_return co_await static_cast<A&&>(a); }
+template <class R, class F> task<R> call_as_task(F f) { co_return co_await f(); }
+
+/// The task for some work. Values are moved in; `A&` work is referred to if `borrow`.
+template <bool borrow, class A> auto as_task(A&& a) {
+    using R = work_result_t<A>;
+    using bare = std::remove_cvref_t<A>;
+    if constexpr (is_task<bare>) {
+        static_assert(!std::is_lvalue_reference_v<A>, "a task is moved in: pass std::move(task)");
+        return task<R>(std::move(a));
+    } else if constexpr (calls_awaitable<A>) {
+        if constexpr (borrow)
+            return call_as_task<R, std::remove_reference_t<A>&>(a);
+        else
+            return call_as_task<R, std::decay_t<A>>(std::forward<A>(a));
+    } else {
+        if constexpr (std::is_lvalue_reference_v<A>)
+            return await_as_task<R, A>(a);
+        else
+            return await_as_task<R, bare>(std::move(a));
+    }
+}
+}  // namespace detail
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.sched   join_handle, scheduler, scheduler_thread, sleep, yield, interval
+// ---------------------------------------------------------------------------------------------------------------------
+namespace detail {
+template <class R> task<R> misused_task(std::remove_reference_t<R>* nothing) {
+    RTB_DETAIL_THROW(bad_task("rtb: an empty or already awaited task was started"), "an empty or already awaited task was started");
+    if constexpr (std::is_void_v<R>)
+        co_return static_cast<void>(nothing);
+    else
+        co_return static_cast<R&&>(*nothing);
+}
+/// Makes the frame of `t` a root of `c` with a handle (and a joiner). Its block holds a reference to the core from here on.
+template <class T> frame_base* make_root(sched_core* c, task<T>&& t, spawn_options o, const char* file, unsigned line) {
+    if (!task_access::fresh(t)) t = misused_task<T>(nullptr);
+    task<T> owned(std::move(t));
+    frame_base* f = task_access::release(owned);
+    RTB_DETAIL_TRY { f->set_name(o.name); }
+    RTB_DETAIL_CATCH_ALL {
+        f->handle().destroy();
+        RTB_DETAIL_RETHROW;
+    }
+    f->run = &sched_core::run_chain;
+    f->core = c;
+    f->is_root = f->started = f->keep_block = true;
+    f->chain = f->leaf = f;
+    f->joiner = nullptr;
+    f->hook = nullptr;
+    f->file = file;
+    f->line = line;
+    f->spawned_ms = c->coarse_ms.load(std::memory_order_relaxed);
+    f->state.store(frame_base::k_handle, std::memory_order_relaxed);
+    c->add_ref();
+    return f;
+}
+/// For a root that no scheduler took: its frame goes here, its handle says `cancelled`.
+inline void refuse_root(frame_base* f) noexcept {
+    f->handle().destroy();
+    f->has = has_nothing;
+    f->state.fetch_or(frame_base::k_done | frame_base::k_released, std::memory_order_acq_rel);
+}
+/// False: the root is done already. r must stay valid until it was woken or unregistered.
+inline bool register_joiner(frame_base* f, runnable* r) noexcept {
+    sched_core* c = f->core;
+    port::unique_lock l(c->join_m);
+    f->joiner = r;
+    // sync: either publish() sees k_joiner and comes for it under join_m, or we see k_done here.
+    if ((f->state.fetch_or(frame_base::k_joiner, std::memory_order_acq_rel) & frame_base::k_done) != 0) {
+        f->joiner = nullptr;
+        return false;
+    }
+    if (r->core != c) c->external.fetch_add(1, std::memory_order_relaxed);
+    return true;
+}
+inline void unregister_joiner(frame_base* f, runnable* r) noexcept {
+    sched_core* c = f->core;
+    port::unique_lock l(c->join_m);
+    if (f->joiner != r) return;
+    f->joiner = nullptr;
+    f->state.fetch_and(~frame_base::k_joiner, std::memory_order_acq_rel);
+    if (r->core == c) return;
+    c->external.fetch_sub(1, std::memory_order_relaxed);
+    if (c->draining.load(std::memory_order_relaxed)) c->poke();
+}
+}  // namespace detail
+
+/// The other end of a spawned task. Yields the result once; dropping it detaches the task.
+///
+/// Result    co_await handle, wait(), wait_for(): expected<T, join_error>: the value, `cancelled` (destroyed before its end),
+///           `failed` (cause() is the exception), `timed_out`, `would_deadlock`, `already_taken` (the second time).
+/// Cancel    dropping a waiter changes nothing. cancel() destroys the task at its next suspension point.
+/// Errors    a failure that is never read goes to on_unhandled when the handle is dropped.
+/// Threads   cancel() and done() from any thread; the rest from one thread at a time. co_await from a task of any scheduler.
+/// Allocates nothing.
+template <class T> class join_handle {
+    detail::frame_base* f_ = nullptr;
+    bool taken_ = false;
+
+    friend struct detail::handle_access;
+
+    class waiter {
+        join_handle* h_;
+        detail::runnable* target_ = nullptr;
+
+    public:
+        using rtb_leaf = void;
+        explicit waiter(join_handle* h) noexcept : h_(h) {}
+        waiter(waiter&& o) noexcept : h_(o.h_) {}
+        ~waiter() {
+            if (target_ != nullptr && h_->f_ != nullptr) detail::unregister_joiner(h_->f_, target_);
+        }
+        bool ready(detail::sched_core*) noexcept { return h_->done(); }
+        bool suspend(detail::runnable* target) noexcept {
+            if (h_->done() || !detail::register_joiner(h_->f_, target)) return false;
+            target_ = target;
+            return true;
+        }
+        expected<T, join_error> resume() {
+            target_ = nullptr;
+            return h_->take();
+        }
+    };
+    explicit join_handle(detail::frame_base* f) noexcept : f_(f) {}
+
+    void drop() noexcept {
+        detail::frame_base* f = std::exchange(f_, nullptr);
+        if (f == nullptr) return;
+        if ((f->state.fetch_and(~detail::frame_base::k_handle, std::memory_order_acq_rel) & detail::frame_base::k_released) != 0)
+            detail::sched_core::dispose(f);
+    }
+    expected<T, join_error> take() {  // precondition: done
+        using slot = detail::result_slot<T>;
+        if (f_ == nullptr) return rtb::unexpected(taken_ ? join_errc::already_taken : join_errc::cancelled);
+        static_cast<void>(f_->state.load(std::memory_order_acquire));  // sync: pairs with publish(): the result is visible
+        taken_ = true;
+        struct cleanup {  // also if moving the value throws
+            join_handle* h;
+            ~cleanup() {
+                slot::destroy(h->f_);
+                h->drop();
+            }
+        } after{this};
+        if (f_->has == detail::has_error) return rtb::unexpected(join_error(join_errc::failed, std::move(slot::error(f_))));
+        if (f_->has == detail::has_nothing) return rtb::unexpected(join_errc::cancelled);
+        if constexpr (std::is_void_v<T>)
+            return {};
+        else if constexpr (std::is_reference_v<T>)
+            return static_cast<T>(*slot::get(f_));
+        else
+            return expected<T, join_error>(std::in_place, std::move(slot::get(f_)));
+    }
+
+public:
+    using value_type = T;
+    join_handle() noexcept = default;
+    join_handle(join_handle&& o) noexcept : f_(std::exchange(o.f_, nullptr)), taken_(o.taken_) {}
+    join_handle& operator=(join_handle&& o) noexcept {
+        if (this != &o) {
+            drop();
+            f_ = std::exchange(o.f_, nullptr);
+            taken_ = o.taken_;
+        }
+        return *this;
+    }
+    ~join_handle() { drop(); }
+
+    /// True once the task is over: its frame is destroyed and the result, if any, can be taken without waiting.
+    bool done() const noexcept { return f_ == nullptr || (f_->state.load(std::memory_order_acquire) & detail::frame_base::k_done) != 0; }
+    /// Destroys the task at its next suspension point. Thread-safe, idempotent, never waits; a finished task keeps its result.
+    void cancel() noexcept {
+        if (f_ != nullptr) f_->core->request_cancel(f_);
+    }
+    /// Blocks until the task is over. Inside a run of the task's scheduler: would_deadlock, at once. On the home thread of
+    /// a scheduler that nobody runs: runs it. Deadlines are steady time.
+    expected<T, join_error> wait() { return wait_until(detail::never); }
+    expected<T, join_error> wait_for(duration d) { return wait_until(detail::deadline_after(clock::now(), d)); }
+    expected<T, join_error> wait_until(time_point deadline) {
+        if (done()) return take();
+        if (f_->core->on_worker && f_->core->forked()) return rtb::unexpected(join_errc::cancelled);
+        detail::blocker b;
+        if (!detail::register_joiner(f_, &b)) return take();
+        const detail::wait_end end = detail::wait_for_answer(f_->core, b, deadline);
+        if (end != detail::wait_end::done) {
+            detail::unregister_joiner(f_, &b);
+            if (!b.is_done())
+                return rtb::unexpected(end == detail::wait_end::timed_out ? join_errc::timed_out : join_errc::would_deadlock);
+        }
+        return take();
+    }
+    waiter rtb_wait() noexcept { return waiter(this); }
+};
+
+namespace detail {
+struct handle_access {
+    template <class T> static join_handle<T> make(frame_base* f) noexcept { return join_handle<T>(f); }
+    template <class T> static frame_base* frame(const join_handle<T>& h) noexcept { return h.f_; }
+    template <class T> static expected<T, join_error> take(join_handle<T>& h) { return h.take(); }
+};
+template <class T> join_handle<T> spawn_on(sched_core* c, task<T> t, spawn_options o, const char* file, unsigned line) {
+    frame_base* f = make_root(c, std::move(t), o, file, line);
+    join_handle<T> handle = handle_access::make<T>(f);
+    if (c->submit(f))
+        sched_core::count_spawn(c);
+    else
+        refuse_root(f);
+    return handle;
+}
+template <class F> struct posted final : runnable {
+    F f;
+    posted(sched_core* c, F&& g) : f(std::move(g)) {
+        core = c;
+        is_post = true;
+        run = [](runnable* r) {
+            posted* self = static_cast<posted*>(r);
+            struct cleanup {
+                posted* p;
+                ~cleanup() { delete p; }
+            } after{self};
+            if (self->cancel) return;
+            RTB_DETAIL_TRY { self->f(); }
+            RTB_DETAIL_CATCH_ALL {
+                std::exception_ptr e = std::current_exception();
+                if (!e) RTB_DETAIL_RETHROW;
+                self->core->report_unhandled(std::move(e), "(posted function)");
+            }
+        };
+    }
+};
+struct worker;
+}  // namespace detail
+
+/// Runs tasks, one thread at a time: whoever calls run(), poll(), block_on() ... is that thread meanwhile.
+///
+/// Lifetime  handles, tokens and channels may outlive it. Its driver and manual_clock must not die before it. Must not be
+///           destroyed inside its own run.
+/// Threads   spawn, post, stop, stats, check_stall, now and on_this_thread from any thread. The rest, and the destructor,
+///           from the thread that is to run it. While it is being run, by this thread or another, poll, run_for, run and
+///           run_until_idle do nothing and block_on is would_deadlock.
+/// Order     tasks are resumed first in, first out, unless shuffle_seed says otherwise.
+class scheduler {
+    detail::sched_core* core_;
+    friend struct detail::worker;
+    friend class task_group;
+
+    template <class A> using handle_for = join_handle<detail::work_result_t<A>>;
+
+public:
+    explicit scheduler(scheduler_options options = {}) : core_(new detail::sched_core(std::move(options))) {
+        core_->owner = this;
+        if (core_->options.time != nullptr) detail::clock_guard::attach(core_->options.time, core_);
+    }
+    scheduler(const scheduler&) = delete;
+    scheduler& operator=(const scheduler&) = delete;
+    /// Destroys every live task on this thread; their handles say `cancelled`. Waits for run_blocking calls in flight.
+    ~scheduler() {
+        if (detail::runs_here(core_)) RTB_PANIC("a scheduler was destroyed inside its own run");
+        core_->close();
+        core_->drop_ref();
+    }
+
+    /// Starts work: an awaitable, or a callable that returns one (kept alive with the task; called on the scheduler).
+    /// Result    its handle. After stop(): a handle that says `cancelled`.
+    /// Allocates nothing for a task; one block for a callable or another awaitable; one for a name over 15 characters.
+    /// Threads   any.
+    template <detail::work A>
+    auto spawn(A&& a, spawn_options options = {}, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) -> handle_for<A> {
+        return detail::spawn_on(core_, detail::as_task<false>(std::forward<A>(a)), options, file, line);
+    }
+    /// Runs f() on the scheduler. False: stopped, f was not taken. An exception from f goes to on_unhandled.
+    /// Allocates one node. Threads   any.
+    template <class F> bool post(F&& f) {
+        auto* node = new detail::posted<std::decay_t<F>>(core_, std::decay_t<F>(std::forward<F>(f)));
+        if (core_->submit(node)) return true;
+        delete node;
+        return false;
+    }
+    /// Runs the loop here until `a` is done: expected<T, join_error>. `would_deadlock` if somebody runs this scheduler
+    /// already, or if under a manual clock nothing can move; `cancelled` after stop(). A callable is referred to.
+    template <detail::work A> auto block_on(A&& a, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE())
+        -> expected<detail::work_result_t<A>, join_error> {
+        using T = detail::work_result_t<A>;
+        detail::run_scope scope(core_);
+        if (!scope) return rtb::unexpected(join_errc::would_deadlock);
+        auto handle = detail::spawn_on(core_, detail::as_task<true>(std::forward<A>(a)), {}, file, line);
+        detail::frame_base* f = detail::handle_access::frame(handle);
+        detail::blocker b;
+        if (!detail::register_joiner(f, &b)) return detail::handle_access::take<T>(handle);
+        std::size_t steps = 0;
+        const bool finished = core_->pump([&b] { return b.is_done(); }, detail::never, steps);
+        if (!finished) {
+            const bool stopped = core_->stopping();
+            core_->destroy_root(f);
+            if (!stopped) return rtb::unexpected(join_errc::would_deadlock);
+        }
+        return detail::handle_access::take<T>(handle);
+    }
+    /// One pass over what is ready now: inbox, due timers, driver events. Never blocks.
+    /// Result    the number of resumptions; posted functions count.
+    std::size_t poll() {
+        detail::run_scope scope(core_);
+        return scope ? core_->poll() : 0;
+    }
+    /// Passes until nothing is ready or the budget (real time) is spent. Never sleeps. Checked every 16 resumptions.
+    std::size_t run_for(duration budget) {
+        detail::run_scope scope(core_);
+        if (!scope) return 0;
+        const time_point end = detail::deadline_after(clock::now(), budget);
+        core_->poll_driver();
+        std::size_t n = 0;
+        for (;;) {
+            const std::size_t k = core_->run_some(16);
+            n += k;
+            if (k == 0 || core_->stopping() || clock::now() >= end) return n;
+        }
+    }
+    /// Runs until stop(), sleeping when there is nothing to do.
+    void run() {
+        detail::run_scope scope(core_);
+        if (scope) core_->run();
+    }
+    /// Runs until nothing is runnable; with auto_advance, jumps over the timers as well. Waits for run_blocking calls.
+    idle_report run_until_idle() {
+        detail::run_scope scope(core_);
+        return scope ? core_->run_until_idle() : idle_report{};
+    }
+    /// Makes run() return and refuses new work, for good. Thread-safe. Tasks live on until the destructor.
+    void stop() noexcept { core_->request_stop(); }
+
+    std::optional<time_point> next_deadline() const { return core_->timers.earliest(); }
+    time_point now() const noexcept { return core_->now(); }
+    bool on_this_thread() const noexcept { return core_->runner.load(std::memory_order_relaxed) == detail::port::this_thread_id(); }
+    /// The scheduler that this thread is running right now, or null.
+    static scheduler* current() noexcept {
+        detail::sched_core* c = detail::current_core();
+        return c != nullptr ? c->owner : nullptr;
+    }
+    scheduler_stats stats() const {
+        const detail::sched_core& c = *core_;
+        const auto get = [](const auto& n) { return n.load(std::memory_order_relaxed); };
+        scheduler_stats s;
+        s.resumptions = get(c.n_resumed), s.spawned = get(c.n_spawned) + get(c.n_spawned_outside), s.completed = get(c.n_completed), s.failed = get(c.n_failed);
+        s.cancelled = get(c.n_cancelled), s.unhandled = get(c.n_unhandled), s.stalls = get(c.n_stalls), s.parks = get(c.n_parks);
+        s.live = get(c.n_live);
+        return s;
+    }
+    /// Reports a task that has been in the middle of one step for longer than stall_threshold, seen from outside. Needs
+    /// two calls that far apart. Threads   any.
+    void check_stall() noexcept { core_->check_stall(); }
+    /// The task dump: visit(const task_info&) for every live task. On the scheduler's thread, or while nobody runs it;
+    /// otherwise visits nothing.
+    template <class V> void for_each_task(V&& visit) const {
+        if (detail::current_core() == core_) return core_->each_task(visit);
+        detail::run_scope scope(core_);
+        if (scope) core_->each_task(visit);
+    }
+};
+
+namespace detail {
+inline void sched_core::count_spawn(sched_core* c) noexcept {
+    if (current_core() == c)
+        bump<std::uint64_t>(c->n_spawned);
+    else
+        c->n_spawned_outside.fetch_add(1, std::memory_order_relaxed);
+}
+inline void sched_core::run() {
+    while (!stopping()) {
+        const std::size_t n = run_some(64);
+        // A drain ends when nobody outside waits for a task any more, and nothing that was accepted is still unseen.
+        if (draining.load(std::memory_order_relaxed) && external.load(std::memory_order_relaxed) == 0 &&
+            !inbox_flag.load(std::memory_order_acquire))
+            return;
+        if (n != 0) {
+            poll_driver();
+            continue;
+        }
+        if (options.time != nullptr) {
+            set_idle(true);
+            if (options.time->try_jump(this) == manual_clock::jump::moved) continue;
+        }
+        park(never);
+    }
+}
+inline idle_report sched_core::run_until_idle() {
+    idle_report report;
+    while (!stopping()) {
+        const std::size_t n = run_some(64);
+        report.resumptions += n;
+        if (n != 0) continue;
+        poll_driver();
+        if (!ready.empty() || inbox_flag.load(std::memory_order_acquire)) continue;
+        if (options.time != nullptr) {
+            {
+                port::unique_lock l(m);
+                pumping = true;
+            }
+            set_idle(true);
+            const manual_clock::jump j = options.time->try_jump(this);
+            if (j == manual_clock::jump::moved) continue;
+            if (j == manual_clock::jump::nothing && !inbox_flag.load(std::memory_order_acquire)) break;
+            if (j == manual_clock::jump::others) park(never);
+        } else if (blocking_calls != 0) {
+            park(never);
+        } else {
+            break;
+        }
+    }
+    report.waiting = live;
+    return report;
+}
+inline void sched_core::close() noexcept {
+    request_stop();
+    if (dead) return;
+    {
+        run_scope scope(this);
+        if (!scope) RTB_PANIC("a scheduler was destroyed while another thread runs it");
+        destroy_all();
+        end_pool();
+        port::unique_lock l(m);
+        drain_locked();  // run_blocking calls that ended meanwhile have nobody to wake
+    }
+    if (options.time != nullptr) clock_guard::detach(options.time, this);
+}
+template <class V> void sched_core::each_task(V& visit) {
+    drain();
+    const std::uint32_t t = age_ms(now());
+    const auto show = [&](runnable* r, task_state state) {
+        if (!r->is_root) return;
+        const frame_base* f = static_cast<const frame_base*>(r);
+        visit(task_info{f->name(), f->file, f->line, std::chrono::milliseconds(t - (std::min)(t, f->spawned_ms)), state});
+    };
+    if (current != nullptr) show(current->chain, task_state::running);
+    for (auto* l : {&starting, &pass, &ready})
+        for (runnable* r = l->front(); r != nullptr; r = l->after(r))
+            if (r != current) show(r, task_state::ready);
+    for (runnable* r = waiting.front(); r != nullptr; r = waiting.after(r)) show(r, task_state::waiting);
+}
+
+class sleep_leaf {
+    timer_node node_;
+    time_point until_;
+    duration for_;
+    bool relative_;
+    sched_core* core_ = nullptr;
+
+public:
+    using rtb_leaf = void;
+    explicit sleep_leaf(duration d) noexcept : until_(never), for_(d), relative_(true) {}
+    explicit sleep_leaf(time_point t) noexcept : until_(t), for_(), relative_(false) {}
+    sleep_leaf(sleep_leaf&& o) noexcept : until_(o.until_), for_(o.for_), relative_(o.relative_) {}
+    ~sleep_leaf() {
+        if (node_.linked()) core_->timers.remove(&node_);
+    }
+    bool ready(sched_core* c) noexcept {
+        const time_point t = c->now();
+        if (relative_) until_ = deadline_after(t, for_);
+        relative_ = false;
+        return until_ <= t;
+    }
+    bool suspend(runnable* target) noexcept {
+        core_ = target->core;
+        if (ready(core_)) return false;
+        node_.target = target;
+        if (until_ != never) core_->timers.insert(&node_, until_);
+        return true;
+    }
+    void resume() const noexcept {}
+};
+class yield_leaf {
+public:
+    using rtb_leaf = void;
+    yield_leaf() noexcept {}
+    bool ready(sched_core*) const noexcept { return false; }
+    bool suspend(runnable*) const noexcept { return false; }  // not waiting, just last in the queue
+    void resume() const noexcept {}
+};
+}  // namespace detail
+
+/// Waits on the scheduler's clock. A duration that is not positive is over at once; duration::max() never ends.
+/// Cancel    removes the timer. Errors    none. Allocates nothing. Order    equal deadlines: first in, first out.
+/// Cost      O(1) to start and to cancel. Source    hierarchical timing wheel, Varghese and Lauck 1987.
+inline detail::sleep_leaf sleep_for(duration d) noexcept { return detail::sleep_leaf(d); }
+inline detail::sleep_leaf sleep_until(time_point t) noexcept { return detail::sleep_leaf(t); }
+/// Lets everything else that is ready run first.
+inline detail::yield_leaf yield() noexcept { return {}; }
+
+/// What a periodic wait does after ticks were missed. With period 10 and a tick at 10 that lasted till 35, the next are at
+/// delay: 35, 45, 55 (a period after the late one); skip: 35, 40, 50 (back in phase); burst: 35, 35, 40, 50 (catches up).
+enum class missed_tick { delay, skip, burst };
+
+/// Ticks at a fixed period; the first tick() is over at once, as in tokio, or at `start`.
+///
+/// A tick counts as missed when it is late by more than 5 ms (by half a period, if that is less).
+/// Cancel    a tick() that is destroyed while it waits takes no tick.
+/// Threads   one task at a time. Allocates nothing. Errors    a period that is not positive throws std::invalid_argument.
+class interval {
+    std::optional<time_point> next_;
+    duration period_;
+    missed_tick missed_;
+
+    static duration checked(duration p) {
+        if (p <= duration::zero()) RTB_DETAIL_THROW(std::invalid_argument("rtb::interval: the period must be positive"), "interval: bad period");
+        return p;
+    }
+    class tick_leaf {
+        interval* iv_;
+        detail::sched_core* core_ = nullptr;
+        detail::sleep_leaf sleep_;
+
+    public:
+        using rtb_leaf = void;
+        explicit tick_leaf(interval* iv) noexcept : iv_(iv), sleep_(iv->next_.value_or((time_point::min)())) {}
+        tick_leaf(tick_leaf&& o) noexcept : iv_(o.iv_), sleep_(std::move(o.sleep_)) {}
+        bool ready(detail::sched_core* c) noexcept {
+            core_ = c;
+            return sleep_.ready(c);
+        }
+        bool suspend(detail::runnable* target) noexcept {
+            core_ = target->core;
+            return sleep_.suspend(target);
+        }
+        /// The time this tick was due.
+        time_point resume() noexcept { return iv_->took(core_->now()); }
+    };
+    time_point took(time_point now) noexcept {
+        const time_point due = next_.value_or(now);
+        const duration tolerance = (std::min)(duration(std::chrono::milliseconds(5)), period_ / 2);
+        time_point next = detail::deadline_after(due, period_);
+        if (now - due > tolerance) {
+            if (missed_ == missed_tick::delay) next = detail::deadline_after(now, period_);
+            if (missed_ == missed_tick::skip) next = detail::deadline_after(now, period_ - (now - due) % period_);
+        }
+        next_ = next;
+        return due;
+    }
+
+public:
+    explicit interval(duration period, missed_tick missed = missed_tick::delay) : period_(checked(period)), missed_(missed) {}
+    interval(time_point start, duration period, missed_tick missed = missed_tick::delay)
+        : next_(start), period_(checked(period)), missed_(missed) {}
+    duration period() const noexcept { return period_; }
+    /// co_await iv.tick(): time_point, when the tick was due.
+    tick_leaf tick() noexcept { return tick_leaf(this); }
+    /// The next tick is one period from `now`.
+    void reset(time_point now) noexcept { next_ = detail::deadline_after(now, period_); }
+};
+
+namespace detail {
+// A thread that runs one scheduler, and what is left to say when it is over. Shared by the owner and the thread, so that an
+// owner destroyed on the worker itself leaves the rest to the thread.
+struct worker : immovable {
+    port::atomic<unsigned> refs{2};
+    rtb::scheduler sched;
+    thread_hook on_start;
+    port::thread thread;  // owner, or the one who joins: see join_m_
+    port::mutex m;
+    port::condition_variable cv;
+    bool over = false;      // m: the tasks are destroyed, nothing of the scheduler runs any more
+    bool joining = false;   // m: somebody joins, or nobody may (detached)
+
+    worker(scheduler_options o, thread_hook hook) : sched(std::move(o)), on_start(std::move(hook)) {}
+    sched_core* core() noexcept { return sched.core_; }
+
+    /// Starts the thread. On error the caller deletes the worker.
+    std::error_code start() noexcept {
+        port::watch_forks();
+        core()->fork_mark = port::fork_generation();
+        core()->on_worker = true;
+        return thread.start([this] { main(); });
+    }
+    void main() {
+        port::name_this_thread(core()->options.name.c_str());
+        struct ending {  // also when a forced unwind tears the thread down
+            worker* w;
+            ~ending() {
+                w->core()->close();
+                {
+                    port::unique_lock l(w->m);
+                    w->over = true;
+                    w->cv.notify_all();
+                }
+                w->drop_ref();
+            }
+        } at_end{this};
+        RTB_DETAIL_TRY {
+            if (on_start) on_start();
+        }
+        RTB_DETAIL_CATCH_ALL {
+            if (!std::current_exception()) RTB_DETAIL_RETHROW;
+            log(log_level::error, "on_thread_start threw");
+        }
+        sched.run();
+    }
+    void drop_ref() noexcept {
+        if (refs.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+    }
+    /// Ends the thread's life from the owner's side: joins, or detaches on the thread itself. Idempotent, from any thread.
+    void join() noexcept {
+        {
+            port::unique_lock l(m);
+            while (joining && !over) cv.wait(l);
+            if (std::exchange(joining, true)) return;
+        }
+        if (runs_here(core()))
+            thread.detach();
+        else
+            thread.join();
+    }
+};
+}  // namespace detail
+
+/// A thread that owns and runs one scheduler.
+/// Errors    the constructor throws std::system_error if the OS refuses the thread.
+/// Threads   the destructor stops the scheduler, destroys its tasks on its thread, and joins; on that thread it detaches.
+class scheduler_thread {
+    detail::worker* w_;
+
+public:
+    explicit scheduler_thread(scheduler_options options = {}) : w_(new detail::worker(std::move(options), {})) {
+        if (const std::error_code e = w_->start()) {
+            delete w_;
+            RTB_DETAIL_THROW(std::system_error(e, "rtb::scheduler_thread"), "the system refused a thread");
+        }
+    }
+    scheduler_thread(const scheduler_thread&) = delete;
+    scheduler_thread& operator=(const scheduler_thread&) = delete;
+    ~scheduler_thread() {
+        if (w_->core()->forked()) return;  // a forked child: the thread does not exist here, its state is left alone
+        w_->core()->request_stop();
+        w_->join();
+        w_->drop_ref();
+    }
+    rtb::scheduler& scheduler() noexcept { return w_->sched; }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.cancel   cancellation_token
+// ---------------------------------------------------------------------------------------------------------------------
+namespace detail {
+struct cancel_state;
+struct cancel_node : link {  // in a state's list, under its m
+    enum { waiter, callback, child } kind = waiter;
+    union {
+        runnable* target = nullptr;  // waiter
+        void (*fire)(cancel_node*);  // callback
+        cancel_state* state;         // child: the state that this node is part of
+    };
+};
+struct cancel_state : immovable {
+    port::atomic<unsigned> refs{1};
+    port::atomic<bool> cancelled{false};  // written under m
+    port::mutex m;
+    port::condition_variable cv;         // wait_for, and registrations whose callback runs on another thread
+    list<cancel_node> nodes;             // m
+    cancel_node* running = nullptr;      // m: the callback that is being called, outside m ...
+    port::thread_id running_on{};        // m: ... by this thread
+    cancel_state* parent = nullptr;      // fixed; a reference
+    cancel_node in_parent;               // parent->m
+    cancel_state* todo_next = nullptr;   // the canceller that took in_parent out of the parent's list
+    void* extra = nullptr;               // m: what ties it to a std::stop_token
+    void (*drop_extra)(void*) = nullptr;
+
+    void add_ref() noexcept { refs.fetch_add(1, std::memory_order_relaxed); }
+    bool try_ref() noexcept {
+        unsigned n = refs.load(std::memory_order_relaxed);
+        while (n != 0)
+            if (refs.compare_exchange_strong(n, n + 1, std::memory_order_relaxed, std::memory_order_relaxed)) return true;
+        return false;
+    }
+    static void drop(cancel_state* s) noexcept {  // a loop: chains of child tokens may be long
+        while (s != nullptr && s->refs.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            cancel_state* parent = s->parent;
+            if (parent != nullptr) {
+                port::unique_lock l(parent->m);
+                if (s->in_parent.linked()) s->in_parent.unlink();
+            }
+            if (s->drop_extra != nullptr) s->drop_extra(s->extra);
+            delete s;
+            s = parent;
+        }
+    }
+    static void cancel(cancel_state* s) noexcept {
+        s->add_ref();
+        cancel_state* todo = nullptr;  // children, each with a reference
+        for (;;) {
+            {
+                port::unique_lock l(s->m);
+                if (!s->cancelled.load(std::memory_order_relaxed)) {
+                    s->cancelled.store(true, std::memory_order_release);
+                    s->cv.notify_all();
+                    while (cancel_node* n = s->nodes.pop_front()) {
+                        if (n->kind == cancel_node::waiter) {
+                            wake(n->target);
+                        } else if (n->kind == cancel_node::child) {
+                            if (!n->state->try_ref()) continue;  // it is being destroyed
+                            n->state->todo_next = std::exchange(todo, n->state);
+                        } else {
+                            s->running = n;
+                            s->running_on = port::this_thread_id();
+                            l.unlock();
+                            n->fire(n);  // may destroy n
+                            l.lock();
+                            s->running = nullptr;
+                            s->cv.notify_all();
+                        }
+                    }
+                }
+            }
+            drop(s);
+            if (todo == nullptr) return;
+            s = todo;
+            todo = s->todo_next;
+        }
+    }
+};
+
+template <class F> class [[nodiscard]] cancel_registration : cancel_node, immovable {
+    cancel_state* s_;
+    F f_;
+
+    void call() noexcept {
+        RTB_DETAIL_TRY { f_(); }
+        RTB_DETAIL_CATCH_ALL { log(log_level::error, "a cancellation callback threw"); }
+    }
+
+public:
+    cancel_registration(cancel_state* s, F f) : s_(s), f_(std::move(f)) {
+        s_->add_ref();
+        cancel_node::kind = cancel_node::callback;
+        cancel_node::fire = [](cancel_node* n) { static_cast<cancel_registration*>(n)->call(); };
+        {
+            port::unique_lock l(s_->m);
+            if (!s_->cancelled.load(std::memory_order_relaxed)) {
+                s_->nodes.push_back(this);
+                return;
+            }
+        }
+        call();
+    }
+    ~cancel_registration() {
+        {
+            port::unique_lock l(s_->m);
+            if (link::linked())
+                link::unlink();
+            else if (s_->running_on != port::this_thread_id())  // never waits for itself
+                while (s_->running == this) s_->cv.wait(l);
+        }
+        cancel_state::drop(s_);
+    }
+};
+
+class cancelled_leaf : cancel_node {
+    cancel_state* s_;
+    bool waiting_ = false;
+
+public:
+    using rtb_leaf = void;
+    explicit cancelled_leaf(cancel_state* s) noexcept : s_(s) { s_->add_ref(); }
+    cancelled_leaf(cancelled_leaf&& o) noexcept : s_(o.s_) { s_->add_ref(); }
+    ~cancelled_leaf() {
+        if (waiting_) unregister();
+        cancel_state::drop(s_);
+    }
+    bool ready(sched_core*) const noexcept { return s_->cancelled.load(std::memory_order_acquire); }
+    bool suspend(runnable* r) noexcept {
+        port::unique_lock l(s_->m);
+        if (s_->cancelled.load(std::memory_order_relaxed)) return false;
+        target = r;
+        s_->nodes.push_back(this);
+        return waiting_ = true;
+    }
+    void resume() noexcept {
+        if (waiting_) unregister();
+    }
+
+private:
+    void unregister() noexcept {
+        port::unique_lock l(s_->m);  // also waits until the canceller has left our scheduler's inbox
+        if (linked()) unlink();
+        waiting_ = false;
+    }
+};
+}  // namespace detail
+
+/// Cooperative cancellation: a copyable handle to shared state, as tokio_util's CancellationToken.
+///
+/// Not a stop to anything by itself: code asks is_cancelled(), awaits cancelled(), or registers on_cancel().
+/// Threads   all members, any thread.
+/// Allocates one state per token that is made new (default construction, child_token), nothing after that.
+class cancellation_token {
+    detail::cancel_state* s_;
+
+    explicit cancellation_token(detail::cancel_state* s) noexcept : s_(s) {}
+
+public:
+    cancellation_token() : s_(new detail::cancel_state) {}
+    cancellation_token(const cancellation_token& o) noexcept : s_(o.s_) { s_->add_ref(); }
+    cancellation_token& operator=(const cancellation_token& o) noexcept {
+        o.s_->add_ref();
+        detail::cancel_state::drop(std::exchange(s_, o.s_));
+        return *this;
+    }
+    ~cancellation_token() { detail::cancel_state::drop(s_); }
+
+    /// Wakes every waiter and runs every callback, here, in order of registration; then the children. Idempotent.
+    void cancel() noexcept { detail::cancel_state::cancel(s_); }
+    bool is_cancelled() const noexcept { return s_->cancelled.load(std::memory_order_acquire); }
+    /// A token that is cancelled with this one; cancelling it leaves this one alone.
+    cancellation_token child_token() const {
+        cancellation_token child;
+        detail::cancel_state* c = child.s_;
+        c->in_parent.kind = detail::cancel_node::child;
+        c->in_parent.state = c;
+        detail::port::unique_lock l(s_->m);
+        if (is_cancelled()) {
+            c->cancelled.store(true, std::memory_order_relaxed);
+        } else {
+            s_->add_ref();
+            c->parent = s_;
+            s_->nodes.push_back(&c->in_parent);
+        }
+        return child;
+    }
+    /// co_await token.cancelled(): void. Cancel: unregisters. Resumes on the waiting task's scheduler.
+    detail::cancelled_leaf cancelled() const noexcept { return detail::cancelled_leaf(s_); }
+    /// RAII registration: f() runs once, on the thread that cancels; at once, here, if that has happened. The destructor
+    /// waits for an f that runs on another thread, never for itself. An exception from f is logged.
+    template <class F> [[nodiscard]] auto on_cancel(F f) const { return detail::cancel_registration<F>(s_, std::move(f)); }
+    /// Blocks a plain thread until cancelled or for d; true if cancelled. Not for tasks: use cancelled().
+    bool wait_for(duration d) const {
+        const time_point until = detail::deadline_after(clock::now(), d);
+        detail::port::unique_lock l(s_->m);
+        while (detail::port::has_threads && !is_cancelled() && clock::now() < until) {
+            if (until == detail::never)
+                s_->cv.wait(l);
+            else
+                s_->cv.wait_until(l, until);
+        }
+        return is_cancelled();
+    }
+    friend bool operator==(const cancellation_token& a, const cancellation_token& b) noexcept { return a.s_ == b.s_; }
+
+#if defined(__cpp_lib_jthread) && !defined(RTB_NO_THREADS) && !defined(RTB_PORT_HEADER)
+    /// Cancelled when `stop` is requested.
+    cancellation_token(std::stop_token stop) : cancellation_token() {
+        const auto on_stop = [s = s_] {
+            detail::cancel_state* state = s;  // this closure may go with the last reference
+            if (!state->try_ref()) return;
+            detail::cancel_state::cancel(state);
+            detail::cancel_state::drop(state);
+        };
+        using tie = std::stop_callback<decltype(on_stop)>;
+        tie* t = new tie(std::move(stop), on_stop);
+        s_->extra = t;
+        s_->drop_extra = [](void* p) { delete static_cast<tie*>(p); };
+    }
+    /// A stop_token that is requested when this is cancelled. Tied for as long as the token's state lives.
+    operator std::stop_token() const {
+        std::stop_source source;
+        struct relay : detail::cancel_node {
+            std::stop_source source;
+            void* more = nullptr;
+            void (*drop_more)(void*) = nullptr;
+        };
+        auto* r = new relay;
+        r->source = source;
+        r->kind = detail::cancel_node::callback;
+        r->fire = [](detail::cancel_node* n) { static_cast<relay*>(n)->source.request_stop(); };
+        bool now = false;
+        {
+            detail::port::unique_lock l(s_->m);
+            r->more = s_->extra;
+            r->drop_more = s_->drop_extra;
+            s_->extra = r;
+            s_->drop_extra = [](void* p) {
+                relay* gone = static_cast<relay*>(p);
+                if (gone->drop_more != nullptr) gone->drop_more(gone->more);
+                if (gone->linked()) gone->unlink();
+                delete gone;
+            };
+            now = is_cancelled();
+            if (!now) s_->nodes.push_back(r);
+        }
+        if (now) source.request_stop();
+        return source.get_token();
+    }
+#endif
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.sync   notify, semaphore, oneshot, channel
+// ---------------------------------------------------------------------------------------------------------------------
+// All of them: one mutex; a signaller unlinks the waiter and wakes it while it holds the mutex; a waiter takes the mutex
+// once more when it goes on or is destroyed, so after a waiter ran nobody is inside the primitive on its behalf.
+
+/// Wakes tasks that wait for something to change. notify_one stores one permit if nobody waits; notify_all stores none.
+/// Cancel    a waiter that is destroyed after it was chosen by notify_one passes the permit on.
+/// Threads   notify_* from any thread, wait() in tasks. Allocates nothing. Order    first in, first out.
+class notify : detail::immovable {
+    struct waiter : detail::link {
+        detail::runnable* target = nullptr;
+        bool has_permit = false;
+    };
+    detail::port::mutex m_;
+    detail::list<waiter> waiters_;
+    bool permit_ = false;
+
+    void give_permit_locked() noexcept {
+        if (waiter* w = waiters_.pop_front()) {
+            w->has_permit = true;
+            detail::wake(w->target);
+        } else {
+            permit_ = true;
+        }
+    }
+    class wait_leaf : waiter {
+        notify* n_;
+        bool started_ = false;
+
+    public:
+        using rtb_leaf = void;
+        explicit wait_leaf(notify* n) noexcept : n_(n) {}
+        wait_leaf(wait_leaf&& o) noexcept : n_(o.n_) {}
+        ~wait_leaf() {
+            if (!started_) return;
+            detail::port::unique_lock l(n_->m_);
+            if (waiter::linked()) waiter::unlink();
+            if (waiter::has_permit) n_->give_permit_locked();
+        }
+        bool ready(detail::sched_core*) noexcept {
+            detail::port::unique_lock l(n_->m_);
+            if (!n_->permit_) return false;
+            n_->permit_ = false;
+            started_ = waiter::has_permit = true;
+            return true;
+        }
+        bool suspend(detail::runnable* r) noexcept {
+            detail::port::unique_lock l(n_->m_);
+            started_ = true;
+            if (n_->permit_) {
+                n_->permit_ = false;
+                waiter::has_permit = true;
+                return false;
+            }
+            waiter::target = r;
+            n_->waiters_.push_back(this);
+            return true;
+        }
+        void resume() noexcept {
+            detail::port::unique_lock l(n_->m_);
+            started_ = waiter::has_permit = false;
+        }
+    };
+
+public:
+    notify() = default;
+    void notify_one() noexcept {
+        detail::port::unique_lock l(m_);
+        give_permit_locked();
+    }
+    void notify_all() noexcept {
+        detail::port::unique_lock l(m_);
+        while (waiter* w = waiters_.pop_front()) detail::wake(w->target);
+    }
+    /// co_await n.wait(): void.
+    wait_leaf wait() noexcept { return wait_leaf(this); }
+};
+
+class semaphore;
+/// Permits of a semaphore, given back when it is destroyed, on any thread.
+class [[nodiscard]] semaphore_permit {
+    semaphore* s_ = nullptr;
+    std::size_t n_ = 0;
+
+public:
+    semaphore_permit() noexcept = default;
+    semaphore_permit(semaphore* s, std::size_t n) noexcept : s_(s), n_(n) {}
+    semaphore_permit(semaphore_permit&& o) noexcept : s_(std::exchange(o.s_, nullptr)), n_(std::exchange(o.n_, 0)) {}
+    semaphore_permit& operator=(semaphore_permit&& o) noexcept {
+        if (this != &o) {
+            release();
+            s_ = std::exchange(o.s_, nullptr);
+            n_ = std::exchange(o.n_, 0);
+        }
+        return *this;
+    }
+    ~semaphore_permit() { release(); }
+    void release() noexcept;
+    /// The permits are not given back.
+    void forget() noexcept { s_ = nullptr; }
+    std::size_t count() const noexcept { return s_ != nullptr ? n_ : 0; }
+};
+
+/// Counts permits; waiters are served first in, first out, and a large request is not overtaken by small ones.
+/// Lifetime  outlives its permits and waiters.
+/// Cancel    a waiter that is destroyed gives back what it was granted.
+/// Threads   release, try_acquire and permits: any; acquire() in tasks. Allocates nothing.
+class semaphore : detail::immovable {
+    struct waiter : detail::link {
+        detail::runnable* target = nullptr;
+        std::size_t n = 0;
+        bool granted = false;
+    };
+    detail::port::mutex m_;
+    detail::list<waiter> waiters_;
+    std::size_t count_;
+
+    void grant_locked() noexcept {
+        while (waiter* w = waiters_.front()) {
+            if (w->n > count_) return;
+            count_ -= w->n;
+            w->unlink();
+            w->granted = true;
+            detail::wake(w->target);
+        }
+    }
+    bool take_locked(std::size_t n) noexcept {
+        if (!waiters_.empty() || count_ < n) return false;
+        count_ -= n;
+        return true;
+    }
+    class acquire_leaf : waiter {
+        semaphore* s_;
+        bool started_ = false;
+
+    public:
+        using rtb_leaf = void;
+        acquire_leaf(semaphore* s, std::size_t count) noexcept : s_(s) { waiter::n = count; }
+        acquire_leaf(acquire_leaf&& o) noexcept : s_(o.s_) { waiter::n = o.waiter::n; }
+        ~acquire_leaf() {
+            if (!started_) return;
+            detail::port::unique_lock l(s_->m_);
+            if (waiter::linked()) waiter::unlink();
+            if (waiter::granted) s_->count_ += waiter::n;
+            s_->grant_locked();
+        }
+        bool ready(detail::sched_core*) noexcept {
+            detail::port::unique_lock l(s_->m_);
+            return started_ = waiter::granted = s_->take_locked(waiter::n);
+        }
+        bool suspend(detail::runnable* r) noexcept {
+            detail::port::unique_lock l(s_->m_);
+            started_ = true;
+            waiter::granted = s_->take_locked(waiter::n);
+            if (waiter::granted) return false;
+            waiter::target = r;
+            s_->waiters_.push_back(this);
+            return true;
+        }
+        semaphore_permit resume() noexcept {
+            detail::port::unique_lock l(s_->m_);
+            started_ = false;
+            return semaphore_permit(s_, waiter::n);
+        }
+    };
+
+public:
+    explicit semaphore(std::size_t permits) noexcept : count_(permits) {}
+    /// co_await s.acquire(n): semaphore_permit.
+    acquire_leaf acquire(std::size_t n = 1) noexcept { return acquire_leaf(this, n); }
+    std::optional<semaphore_permit> try_acquire(std::size_t n = 1) noexcept {
+        detail::port::unique_lock l(m_);
+        if (!take_locked(n)) return std::nullopt;
+        return semaphore_permit(this, n);
+    }
+    /// Adds permits.
+    void release(std::size_t n = 1) noexcept {
+        detail::port::unique_lock l(m_);
+        count_ += n;
+        grant_locked();
+    }
+    std::size_t available() noexcept {
+        detail::port::unique_lock l(m_);
+        return count_;
+    }
+};
+inline void semaphore_permit::release() noexcept {
+    if (semaphore* s = std::exchange(s_, nullptr)) s->release(n_);
+}
+
+namespace detail {
+inline constexpr duration k_thread_spin = std::chrono::microseconds(20);  // blocking channel calls have no scheduler to ask
+
+template <class T> struct oneshot_state : immovable {
+    port::atomic<unsigned> refs{2};
+    port::mutex m;
+    runnable* waiter = nullptr;  // m
+    bool sent = false;           // m
+    bool sender_gone = false;    // m
+    bool receiver_gone = false;  // m
+    std::optional<stored<T>> value;  // the sender's until `sent`, then the receiver's
+
+    void drop() noexcept {
+        if (refs.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+    }
+    void finish_locked() noexcept {
+        if (runnable* r = std::exchange(waiter, nullptr)) wake(r);
+    }
+};
+}  // namespace detail
+
+/// Fires a oneshot once, from any thread. Dropping it unsent closes the other end.
+template <class T> class oneshot_sender {
+    detail::oneshot_state<T>* s_ = nullptr;
+    using value = detail::stored<T>;
+
+public:
+    oneshot_sender() noexcept = default;
+    explicit oneshot_sender(detail::oneshot_state<T>* s) noexcept : s_(s) {}
+    oneshot_sender(oneshot_sender&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    oneshot_sender& operator=(oneshot_sender&& o) noexcept {
+        if (this != &o) {
+            close();
+            s_ = std::exchange(o.s_, nullptr);
+        }
+        return *this;
+    }
+    ~oneshot_sender() { close(); }
+    /// Result    closed, with the value in it, if the receiver is gone or something was sent before.
+    expected<void, send_error<value>> send(value v = value{})
+        requires std::is_void_v<T>
+    {
+        return send_value(std::move(v));
+    }
+    expected<void, send_error<value>> send(value v)
+        requires(!std::is_void_v<T>)
+    {
+        return send_value(std::move(v));
+    }
+    /// True if nobody waits for the value any more.
+    bool is_closed() const noexcept {
+        if (s_ == nullptr) return true;
+        detail::port::unique_lock l(s_->m);
+        return s_->receiver_gone;
+    }
+    explicit operator bool() const noexcept { return s_ != nullptr; }
+
+private:
+    expected<void, send_error<value>> send_value(value v) {
+        if (s_ == nullptr) return rtb::unexpected(send_error<value>(channel_errc::closed, std::move(v)));
+        s_->value.emplace(std::move(v));  // may throw: nothing has happened then
+        detail::oneshot_state<T>* s = std::exchange(s_, nullptr);
+        bool gone = false;
+        {
+            detail::port::unique_lock l(s->m);
+            gone = s->receiver_gone;
+            s->sent = !gone;
+            s->finish_locked();
+        }
+        expected<void, send_error<value>> result;
+        if (gone) result = rtb::unexpected(send_error<value>(channel_errc::closed, std::move(*s->value)));
+        s->drop();
+        return result;
+    }
+    void close() noexcept {
+        detail::oneshot_state<T>* s = std::exchange(s_, nullptr);
+        if (s == nullptr) return;
+        {
+            detail::port::unique_lock l(s->m);
+            s->sender_gone = true;
+            s->finish_locked();
+        }
+        s->drop();
+    }
+};
+
+/// Receives the one value: co_await rx, wait(), wait_for(): expected<T, channel_error>; `closed` if the sender was dropped,
+/// or the value was taken before. Blocking calls on a thread that runs a scheduler: would_deadlock.
+/// Cancel    a waiter that is destroyed loses nothing: the value stays for the next call.
+template <class T> class oneshot_receiver {
+    detail::oneshot_state<T>* s_ = nullptr;
+    using result = expected<T, channel_error>;
+
+    result take() {  // once ready
+        if (s_ == nullptr) return rtb::unexpected(channel_errc::closed);
+        bool has = false;
+        {
+            detail::port::unique_lock l(s_->m);
+            has = std::exchange(s_->sent, false);
+            s_->sender_gone = true;
+        }
+        if (!has) return rtb::unexpected(channel_errc::closed);
+        if constexpr (std::is_void_v<T>)
+            return {};
+        else
+            return result(std::in_place, std::move(*s_->value));
+    }
+    bool is_ready() const noexcept {
+        if (s_ == nullptr) return true;
+        detail::port::unique_lock l(s_->m);
+        return s_->sent || s_->sender_gone;
+    }
+    bool register_waiter(detail::runnable* r) noexcept {
+        if (s_ == nullptr) return false;
+        detail::port::unique_lock l(s_->m);
+        if (s_->sent || s_->sender_gone) return false;
+        s_->waiter = r;
+        return true;
+    }
+    void unregister(detail::runnable* r) noexcept {
+        detail::port::unique_lock l(s_->m);
+        if (s_->waiter == r) s_->waiter = nullptr;
+    }
+    class waiter {
+        oneshot_receiver* rx_;
+        detail::runnable* target_ = nullptr;
+
+    public:
+        using rtb_leaf = void;
+        explicit waiter(oneshot_receiver* rx) noexcept : rx_(rx) {}
+        waiter(waiter&& o) noexcept : rx_(o.rx_) {}
+        ~waiter() {
+            if (target_ != nullptr && rx_->s_ != nullptr) rx_->unregister(target_);
+        }
+        bool ready(detail::sched_core*) const noexcept { return rx_->is_ready(); }
+        bool suspend(detail::runnable* r) noexcept {
+            if (!rx_->register_waiter(r)) return false;
+            target_ = r;
+            return true;
+        }
+        result resume() {
+            target_ = nullptr;
+            return rx_->take();
+        }
+    };
+    void drop() noexcept {
+        detail::oneshot_state<T>* s = std::exchange(s_, nullptr);
+        if (s == nullptr) return;
+        {
+            detail::port::unique_lock l(s->m);
+            s->receiver_gone = true;
+        }
+        s->drop();
+    }
+
+public:
+    oneshot_receiver() noexcept = default;
+    explicit oneshot_receiver(detail::oneshot_state<T>* s) noexcept : s_(s) {}
+    oneshot_receiver(oneshot_receiver&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    oneshot_receiver& operator=(oneshot_receiver&& o) noexcept {
+        if (this != &o) {
+            drop();
+            s_ = std::exchange(o.s_, nullptr);
+        }
+        return *this;
+    }
+    ~oneshot_receiver() { drop(); }
+    waiter rtb_wait() noexcept { return waiter(this); }
+    result wait() { return wait_until(detail::never); }
+    result wait_for(duration d) { return wait_until(detail::deadline_after(clock::now(), d)); }
+    result wait_until(time_point deadline) {
+        if (is_ready()) return take();
+        if (detail::current_run() != nullptr || !detail::port::has_threads) return rtb::unexpected(channel_errc::would_deadlock);
+        detail::blocker b;
+        if (!register_waiter(&b)) return take();
+        detail::spin_state spin;
+        if (!b.wait(spin, detail::k_thread_spin, deadline)) {
+            unregister(&b);
+            if (!b.is_done()) return rtb::unexpected(channel_errc::timed_out);
+        }
+        return take();
+    }
+    /// The value if it is there: never waits.
+    std::optional<detail::stored<T>> try_recv() {
+        if (s_ == nullptr) return std::nullopt;
+        {
+            detail::port::unique_lock l(s_->m);
+            if (!std::exchange(s_->sent, false)) return std::nullopt;
+            s_->sender_gone = true;
+        }
+        return std::move(*s_->value);
+    }
+};
+
+/// One value from one place to another: {oneshot_sender<T>, oneshot_receiver<T>}. Makes a callback API awaitable.
+/// Allocates one block. Threads   the two ends are independent; each is used by one thread at a time.
+template <class T> auto oneshot() -> std::pair<oneshot_sender<T>, oneshot_receiver<T>> {
+    static_assert(!std::is_reference_v<T>, "oneshot<T&> is not supported: send a pointer");
+    auto* s = new detail::oneshot_state<T>;
+    return {oneshot_sender<T>(s), oneshot_receiver<T>(s)};
+}
+
+namespace detail {
+// One mutex; a ring of `capacity` slots made once. A slot that a waiting sender was granted counts as used until the sender
+// has put its value there, so a sender that loses a when_any, or is destroyed, has sent nothing.
+template <class T> struct channel_state : immovable {
+    static_assert(std::is_nothrow_move_constructible_v<T>, "a channel moves values while it holds its lock: the move must be noexcept");
+    struct sender_wait : link {
+        runnable* target = nullptr;
+        bool granted = false;
+    };
+    union slot {
+        T value;
+        slot() noexcept {}
+        ~slot() {}
+    };
+    port::atomic<unsigned> refs{2};
+    port::atomic<unsigned> senders{1};
+    const std::size_t capacity;
+    std::unique_ptr<slot[]> ring;
+
+    port::mutex m;
+    std::size_t head = 0;      // m
+    std::size_t used = 0;      // m: values in the ring
+    std::size_t granted = 0;   // m: slots promised to senders
+    list<sender_wait> sends;   // m
+    runnable* receiver = nullptr;  // m: the waiting receiver
+    bool promised = false;     // m: the receiver was woken and has not looked yet: the first value is its
+    bool closed = false;       // m: refuses values
+    bool sender_gone = false;  // m: the last sender
+    port::atomic<std::size_t> hint{0};  // == used, written under m. sync: acquire by the receiver, the only one that takes
+
+    explicit channel_state(std::size_t n) : capacity(n), ring(new slot[n]) {}
+    ~channel_state() { destroy_values(head, used); }
+    void destroy_values(std::size_t at, std::size_t n) noexcept {
+        for (; n != 0; --n) {
+            std::destroy_at(std::addressof(ring[at].value));
+            at = at + 1 == capacity ? 0 : at + 1;
+        }
+    }
+    void drop() noexcept {
+        if (refs.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+    }
+    bool has_room_locked() const noexcept { return used + granted < capacity; }
+    void wake_receiver_locked() noexcept {
+        if (receiver == nullptr) return;
+        promised = true;
+        wake(std::exchange(receiver, nullptr));
+    }
+    void push_locked(T&& v) noexcept {
+        std::size_t at = head + used;
+        if (at >= capacity) at -= capacity;
+        std::construct_at(std::addressof(ring[at].value), std::move(v));
+        hint.store(++used, std::memory_order_release);
+        wake_receiver_locked();
+    }
+    void grant_locked() noexcept {
+        while (!sends.empty() && has_room_locked()) {
+            sender_wait* w = sends.pop_front();
+            w->granted = true;
+            ++granted;
+            wake(w->target);
+        }
+    }
+    void popped_locked(std::size_t n) noexcept {
+        head += n;
+        if (head >= capacity) head -= capacity;
+        used -= n;
+        hint.store(used, std::memory_order_relaxed);
+        if (!sends.empty()) grant_locked();
+    }
+    T pop_locked() noexcept {
+        T& slot_value = ring[head].value;
+        T v(std::move(slot_value));
+        std::destroy_at(std::addressof(slot_value));
+        popped_locked(1);
+        return v;
+    }
+    void close_locked() noexcept {
+        closed = true;
+        while (sender_wait* w = sends.pop_front()) wake(w->target);
+        if (used == 0) wake_receiver_locked();
+    }
+    bool at_end_locked() const noexcept { return used == 0 && (closed || sender_gone); }
+    /// 0: sent; else the reason. With a grant: uses it.
+    int send_locked(T& v, bool has_grant) noexcept {
+        if (has_grant) --granted;
+        if (closed) return static_cast<int>(channel_errc::closed);
+        if (!has_grant && (!sends.empty() || !has_room_locked())) return static_cast<int>(channel_errc::full);
+        push_locked(std::move(v));
+        return 0;
+    }
+    void give_back_grant_locked() noexcept {
+        --granted;
+        grant_locked();
+    }
+};
+
+/// Waits for a slot. Shared by send, send_for, reserve and their blocking forms.
+template <class T> class slot_wait : protected channel_state<T>::sender_wait {
+protected:
+    using wait = typename channel_state<T>::sender_wait;
+    channel_state<T>* s_;
+    bool started_ = false;
+
+    explicit slot_wait(channel_state<T>* s) noexcept : s_(s) {}
+    slot_wait(slot_wait&& o) noexcept : s_(o.s_) {}
+    ~slot_wait() {
+        if (started_) abandon();
+    }
+    void abandon() noexcept {
+        port::unique_lock l(s_->m);
+        if (wait::linked()) wait::unlink();
+        if (std::exchange(wait::granted, false)) s_->give_back_grant_locked();
+        started_ = false;
+    }
+    bool suspend_locked(runnable* r) noexcept {
+        if (s_->closed) return false;
+        started_ = true;
+        if (s_->sends.empty() && s_->has_room_locked()) {
+            ++s_->granted;
+            wait::granted = true;
+            return false;
+        }
+        wait::target = r;
+        s_->sends.push_back(this);
+        return true;
+    }
+};
+template <class T> class send_leaf : slot_wait<T> {
+    using base = slot_wait<T>;
+    T value_;
+    duration timeout_;
+    std::optional<sleep_leaf> timer_;
+    runnable* target_ = nullptr;
+    bool sent_ = false;
+
+public:
+    using rtb_leaf = void;
+    send_leaf(channel_state<T>* s, T&& v, duration timeout) noexcept : base(s), value_(std::move(v)), timeout_(timeout) {}
+    send_leaf(send_leaf&& o) noexcept : base(std::move(o)), value_(std::move(o.value_)), timeout_(o.timeout_) {}
+    bool ready(sched_core*) noexcept {
+        port::unique_lock l(base::s_->m);
+        sent_ = base::s_->send_locked(value_, false) == 0;
+        return sent_;
+    }
+    bool suspend(runnable* r) noexcept {
+        if (timeout_ != (duration::max)()) timer_.emplace(timeout_);
+        {
+            port::unique_lock l(base::s_->m);
+            if (!base::suspend_locked(r)) return false;
+        }
+        target_ = r;
+        return !timer_ || timer_->suspend(r);
+    }
+    expected<void, send_error<T>> resume() {
+        if (sent_) return {};
+        channel_errc error = channel_errc::timed_out;
+        {
+            port::unique_lock l(base::s_->m);
+            if (base::wait::linked()) base::wait::unlink();
+            const bool has_grant = std::exchange(base::wait::granted, false);
+            if (has_grant || base::s_->closed) {
+                const int e = base::s_->send_locked(value_, has_grant);
+                if (e == 0) sent_ = true;
+                error = static_cast<channel_errc>(e);
+            }
+        }
+        base::started_ = false;
+        if (timer_) {
+            timer_.reset();
+            // Slot and timer may both have signalled: the second signal must not resume whatever this task awaits next.
+            if (target_ != nullptr) target_->core->forget(target_);
+        }
+        if (sent_) return {};
+        return rtb::unexpected(send_error<T>(error, std::move(value_)));
+    }
+};
+}  // namespace detail
+
+template <class T> class sender;
+template <class T> class receiver;
+
+/// A reserved slot of a channel: send() never waits. Destroyed unused, it gives the slot to the next sender.
+template <class T> class [[nodiscard]] send_permit {
+    detail::channel_state<T>* s_;
+    friend class sender<T>;
+    explicit send_permit(detail::channel_state<T>* s) noexcept : s_(s) {
+        s_->refs.fetch_add(1, std::memory_order_relaxed);
+        s_->senders.fetch_add(1, std::memory_order_relaxed);
+    }
+
+public:
+    send_permit(send_permit&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    send_permit& operator=(send_permit&&) = delete;
+    ~send_permit() {
+        if (s_ == nullptr) return;
+        {
+            detail::port::unique_lock l(s_->m);
+            s_->give_back_grant_locked();
+        }
+        sender<T>::drop_sender(s_);
+    }
+    /// Sends; `closed` with the value in it if the channel was closed meanwhile. Uses the permit up.
+    expected<void, send_error<T>> send(T v) {
+        detail::channel_state<T>* s = std::exchange(s_, nullptr);
+        if (s == nullptr) return rtb::unexpected(send_error<T>(channel_errc::closed, std::move(v)));
+        int e = 0;
+        {
+            detail::port::unique_lock l(s->m);
+            e = s->send_locked(v, true);
+        }
+        sender<T>::drop_sender(s);
+        if (e == 0) return {};
+        return rtb::unexpected(send_error<T>(static_cast<channel_errc>(e), std::move(v)));
+    }
+};
+
+/// The sending end of a channel; copy it for more producers. The last one that goes closes the channel.
+/// Errors    `closed`, `full`, `timed_out`, `would_deadlock`; the refused value is in error().value().
+/// Threads   each copy by one thread at a time; copies are independent. Allocates nothing.
+template <class T> class sender {
+    detail::channel_state<T>* s_ = nullptr;
+    friend class send_permit<T>;
+
+    static void drop_sender(detail::channel_state<T>* s) noexcept {
+        if (s->senders.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            detail::port::unique_lock l(s->m);
+            s->sender_gone = true;
+            if (s->used == 0) s->wake_receiver_locked();
+        }
+        s->drop();
+    }
+    class reserve_leaf : detail::slot_wait<T> {
+        using base = detail::slot_wait<T>;
+
+    public:
+        using rtb_leaf = void;
+        explicit reserve_leaf(detail::channel_state<T>* s) noexcept : base(s) {}
+        reserve_leaf(reserve_leaf&& o) noexcept : base(std::move(o)) {}
+        bool ready(detail::sched_core*) noexcept {
+            detail::port::unique_lock l(base::s_->m);
+            if (base::s_->closed || !base::s_->sends.empty() || !base::s_->has_room_locked()) return false;
+            return !base::suspend_locked(nullptr);
+        }
+        bool suspend(detail::runnable* r) noexcept {
+            detail::port::unique_lock l(base::s_->m);
+            return base::suspend_locked(r);
+        }
+        expected<send_permit<T>, channel_error> resume() {
+            bool has = false;
+            {
+                detail::port::unique_lock l(base::s_->m);
+                has = std::exchange(base::wait::granted, false);
+                if (has && base::s_->closed) {
+                    base::s_->give_back_grant_locked();
+                    has = false;
+                }
+            }
+            base::started_ = false;
+            if (!has) return rtb::unexpected(channel_errc::closed);
+            return send_permit<T>(base::s_);
+        }
+    };
+    struct blocking_wait : detail::slot_wait<T> {
+        using base = detail::slot_wait<T>;
+        explicit blocking_wait(detail::channel_state<T>* s) noexcept : base(s) {}
+        bool suspend(detail::runnable* r) noexcept {
+            detail::port::unique_lock l(base::s_->m);
+            return base::suspend_locked(r);
+        }
+        int finish(T& v) noexcept {
+            detail::port::unique_lock l(base::s_->m);
+            if (base::wait::linked()) base::wait::unlink();
+            const bool has_grant = std::exchange(base::wait::granted, false);
+            base::started_ = false;
+            if (!has_grant && !base::s_->closed) return static_cast<int>(channel_errc::timed_out);
+            return base::s_->send_locked(v, has_grant);
+        }
+    };
+
+public:
+    sender() noexcept = default;
+    explicit sender(detail::channel_state<T>* s) noexcept : s_(s) {}
+    sender(const sender& o) noexcept : s_(o.s_) {
+        if (s_ == nullptr) return;
+        s_->refs.fetch_add(1, std::memory_order_relaxed);
+        s_->senders.fetch_add(1, std::memory_order_relaxed);
+    }
+    sender(sender&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    sender& operator=(sender o) noexcept {
+        std::swap(s_, o.s_);
+        return *this;
+    }
+    ~sender() {
+        if (s_ != nullptr) drop_sender(s_);
+    }
+    explicit operator bool() const noexcept { return s_ != nullptr; }
+
+    /// co_await tx.send(v): expected<void, send_error<T>>. Waits while the channel is full; served in order, before
+    /// newcomers. Cancel: destroyed while it waits, it has sent nothing and takes the value with it.
+    detail::send_leaf<T> send(T v) { return detail::send_leaf<T>(s_, std::move(v), (duration::max)()); }
+    /// As send, but gives the value back with `timed_out` after d.
+    detail::send_leaf<T> send_for(duration d, T v) { return detail::send_leaf<T>(s_, std::move(v), d); }
+    /// co_await tx.reserve(): expected<send_permit<T>, channel_error>. Waits for a slot without a value.
+    reserve_leaf reserve() { return reserve_leaf(s_); }
+    expected<void, send_error<T>> try_send(T v) {
+        int e = 0;
+        {
+            detail::port::unique_lock l(s_->m);
+            e = s_->send_locked(v, false);
+        }
+        if (e == 0) return {};
+        return rtb::unexpected(send_error<T>(static_cast<channel_errc>(e), std::move(v)));
+    }
+    /// Blocks a plain thread while the channel is full. On a thread that runs a scheduler: would_deadlock, at once.
+    expected<void, send_error<T>> send_blocking(T v, duration timeout = (duration::max)()) {
+        if (detail::current_run() != nullptr) return rtb::unexpected(send_error<T>(channel_errc::would_deadlock, std::move(v)));
+        int e = 0;
+        {
+            detail::port::unique_lock l(s_->m);
+            e = s_->send_locked(v, false);
+        }
+        if (e == static_cast<int>(channel_errc::full)) {
+            if (!detail::port::has_threads) return rtb::unexpected(send_error<T>(channel_errc::would_deadlock, std::move(v)));
+            detail::blocker b;
+            detail::spin_state spin;
+            blocking_wait w(s_);
+            if (w.suspend(&b)) b.wait(spin, detail::k_thread_spin, detail::deadline_after(clock::now(), timeout));
+            e = w.finish(v);
+        }
+        if (e == 0) return {};
+        return rtb::unexpected(send_error<T>(static_cast<channel_errc>(e), std::move(v)));
+    }
+    /// Refuses further values, from every sender; what was accepted can still be received.
+    void close() noexcept {
+        detail::port::unique_lock l(s_->m);
+        s_->close_locked();
+    }
+    bool is_closed() const noexcept {
+        detail::port::unique_lock l(s_->m);
+        return s_->closed;
+    }
+    std::size_t capacity() const noexcept { return s_->capacity; }
+};
+
+/// The receiving end of a channel. Dropping it closes the channel; senders get their values back.
+/// Threads   one consumer operation at a time. Allocates nothing. Order    first in, first out for each sender.
+template <class T> class receiver {
+    detail::channel_state<T>* s_ = nullptr;
+
+    class recv_leaf {
+    protected:
+        detail::channel_state<T>* s_;
+        detail::runnable* target_ = nullptr;
+
+        void enter_locked() noexcept {  // this receiver looks now
+            if (target_ == nullptr) return;
+            if (s_->receiver == target_)
+                s_->receiver = nullptr;
+            else
+                s_->promised = false;
+            target_ = nullptr;
+        }
+
+    public:
+        using rtb_leaf = void;
+        explicit recv_leaf(detail::channel_state<T>* s) noexcept : s_(s) {}
+        recv_leaf(recv_leaf&& o) noexcept : s_(o.s_) {}
+        ~recv_leaf() {
+            if (target_ == nullptr) return;
+            detail::port::unique_lock l(s_->m);
+            enter_locked();
+        }
+        bool ready(detail::sched_core*) const noexcept { return s_->hint.load(std::memory_order_acquire) != 0; }
+        bool suspend(detail::runnable* r) noexcept {
+            detail::port::unique_lock l(s_->m);
+            if (s_->used != 0 || s_->at_end_locked()) return false;
+            RTB_ASSERT(s_->receiver == nullptr, "two receive operations on one channel at a time");
+            s_->receiver = target_ = r;
+            return true;
+        }
+        std::optional<T> resume() noexcept {
+            detail::port::unique_lock l(s_->m);
+            enter_locked();
+            if (s_->used == 0) return std::nullopt;
+            return s_->pop_locked();
+        }
+    };
+    template <class Out> class recv_many_leaf : public recv_leaf {
+        Out* out_;
+        std::size_t most_;
+
+    public:
+        recv_many_leaf(detail::channel_state<T>* s, Out* out, std::size_t most) noexcept : recv_leaf(s), out_(out), most_(most) {}
+        bool ready(detail::sched_core* c) const noexcept { return most_ == 0 || recv_leaf::ready(c); }
+        bool suspend(detail::runnable* r) noexcept { return most_ != 0 && recv_leaf::suspend(r); }
+        std::size_t resume() {
+            detail::channel_state<T>* s = recv_leaf::s_;
+            std::size_t n = 0, at = 0;
+            {
+                detail::port::unique_lock l(s->m);
+                recv_leaf::enter_locked();
+                n = (std::min)(most_, s->used);
+                at = s->head;
+            }
+            // Outside the lock: only the receiver takes values, so these n slots are ours until popped_locked().
+            std::size_t done = 0;
+            struct settle {
+                detail::channel_state<T>* s;
+                std::size_t& done;
+                ~settle() {
+                    if (done == 0) return;
+                    detail::port::unique_lock l(s->m);
+                    s->popped_locked(done);
+                }
+            } after{s, done};
+            for (; done < n; ++done) {
+                T& v = s->ring[at].value;
+                out_->push_back(std::move(v));
+                std::destroy_at(std::addressof(v));
+                at = at + 1 == s->capacity ? 0 : at + 1;
+            }
+            return n;
+        }
+    };
+
+public:
+    receiver() noexcept = default;
+    explicit receiver(detail::channel_state<T>* s) noexcept : s_(s) {}
+    receiver(receiver&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    receiver& operator=(receiver o) noexcept {
+        std::swap(s_, o.s_);
+        return *this;
+    }
+    ~receiver() {
+        if (s_ == nullptr) return;
+        std::size_t at = 0, n = 0;
+        {
+            detail::port::unique_lock l(s_->m);
+            s_->close_locked();
+            at = s_->head;
+            n = std::exchange(s_->used, 0);
+        }
+        // Closed: no sender puts anything there any more, so the values are destroyed without the lock.
+        s_->destroy_values(at, n);
+        s_->drop();
+    }
+    explicit operator bool() const noexcept { return s_ != nullptr; }
+
+    /// co_await rx.recv(): optional<T>: the value, or nullopt once the channel is closed and empty.
+    /// Cancel    loses nothing: the value is taken when the task goes on, not when it is woken.
+    recv_leaf recv() { return recv_leaf(s_); }
+    /// co_await rx.recv_many(out, most): appends 1 to `most` values with out.push_back; 0: closed and empty.
+    /// If push_back throws, what was appended is received and the rest stays in the channel.
+    template <class Out> recv_many_leaf<Out> recv_many(Out& out, std::size_t most) { return recv_many_leaf<Out>(s_, &out, most); }
+    std::optional<T> try_recv() {
+        detail::port::unique_lock l(s_->m);
+        if (s_->used <= (s_->promised ? 1u : 0u)) return std::nullopt;
+        return s_->pop_locked();
+    }
+    /// Blocks a plain thread: expected<T, channel_error>. On a thread that runs a scheduler: would_deadlock, at once.
+    expected<T, channel_error> recv_blocking(duration timeout = (duration::max)()) {
+        if (detail::current_run() != nullptr) return rtb::unexpected(channel_errc::would_deadlock);
+        detail::spin_state spin;
+        const time_point until = detail::deadline_after(clock::now(), timeout);
+        for (bool in_time = true;;) {
+            detail::blocker b;
+            {
+                detail::port::unique_lock l(s_->m);
+                if (s_->used != 0) return expected<T, channel_error>(std::in_place, s_->pop_locked());
+                if (s_->at_end_locked()) return rtb::unexpected(channel_errc::closed);
+                if (!in_time) return rtb::unexpected(channel_errc::timed_out);
+                if (!detail::port::has_threads) return rtb::unexpected(channel_errc::would_deadlock);
+                s_->receiver = &b;
+            }
+            in_time = b.wait(spin, detail::k_thread_spin, until);
+            detail::port::unique_lock l(s_->m);
+            if (s_->receiver == &b) s_->receiver = nullptr;
+            s_->promised = false;
+        }
+    }
+    /// Refuses further values; what was accepted can still be received. Waiting senders get their values back.
+    void close() noexcept {
+        detail::port::unique_lock l(s_->m);
+        s_->close_locked();
+    }
+    bool is_closed() const noexcept {
+        detail::port::unique_lock l(s_->m);
+        return s_->closed || s_->sender_gone;
+    }
+    std::size_t size() const noexcept { return s_->hint.load(std::memory_order_acquire); }
+};
+
+/// A bounded queue between tasks and threads: {sender<T>, receiver<T>}. Many producers, one consumer.
+/// Allocates capacity * sizeof(T) once. Errors    capacity 0 throws std::invalid_argument.
+template <class T> auto channel(std::size_t capacity) -> std::pair<sender<T>, receiver<T>> {
+    if (capacity == 0) RTB_DETAIL_THROW(std::invalid_argument("rtb::channel: capacity 0"), "channel: capacity 0");
+    auto* s = new detail::channel_state<T>(capacity);
+    return {sender<T>(s), receiver<T>(s)};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.foreign   awaitables of other libraries
+// ---------------------------------------------------------------------------------------------------------------------
+// A foreign operation gets the handle of a small coroutine of ours, the shim, never that of the task: it may be resumed on
+// any thread, and then only marks its result and wakes the task through its scheduler's inbox. The shim owns the awaitable,
+// so a task can be destroyed while the operation is still under way: the shim then ends by itself and drops the result.
+namespace detail {
+template <class R> struct shim {
+    struct promise_type;
+    using handle_type = std::coroutine_handle<promise_type>;
+    handle_type h;
+
+    struct last {  // final_suspend
+        last() noexcept {}
+        bool await_ready() const noexcept { return false; }
+        RTB_DETAIL_NOINLINE bool await_suspend(handle_type self) const noexcept { return self.promise().publish(); }
+        void await_resume() const noexcept {}
+    };
+    struct promise_base {
+        port::mutex m;
+        runnable* waiter = nullptr;      // m
+        bool finished = false;           // m
+        bool abandoned = false;          // m
+        std::exception_ptr error;        // written before `finished`
+        std::optional<stored<R>> value;  // written before `finished`
+
+        // True: stay suspended, the task will destroy the shim. False: nobody is interested, run off the end.
+        bool publish() noexcept {
+            port::unique_lock l(m);
+            if (abandoned) return false;
+            finished = true;
+            wake(waiter);
+            return true;
+        }
+        shim get_return_object() noexcept { return shim{handle_type::from_promise(static_cast<promise_type&>(*this))}; }
+        std::suspend_always initial_suspend() const noexcept { return {}; }
+        last final_suspend() const noexcept { return {}; }
+        void unhandled_exception() {
+#if RTB_DETAIL_EXCEPTIONS
+            error = std::current_exception();
+            if (!error) throw;
+#endif
+        }
+        static void* operator new(std::size_t n) {
+            void* p = RTB_ALLOC(n);
+            if (p == nullptr) RTB_DETAIL_THROW(std::bad_alloc(), "out of memory for a coroutine frame");
+            return p;
+        }
+        static void operator delete(void* p) noexcept { RTB_FREE(p); }
+    };
+    struct value_promise : promise_base {
+        template <class U = R> void return_value(U&& v) {
+            if constexpr (std::is_reference_v<R>)
+                this->value.emplace(std::addressof(v));
+            else
+                this->value.emplace(std::forward<U>(v));
+        }
+    };
+    struct void_promise : promise_base {
+        void return_void() noexcept { this->value.emplace(); }
+    };
+    struct promise_type : std::conditional_t<std::is_void_v<R>, void_promise, value_promise> {};
+};
+template <class W> class skip_ready {  // await_ready was asked already
+    W& w_;
+
+public:
+    explicit skip_ready(W& w) noexcept : w_(w) {}
+    bool await_ready() const noexcept { return false; }
+    template <class H> decltype(auto) await_suspend(H h) { return w_.await_suspend(h); }
+    decltype(auto) await_resume() { return w_.await_resume(); }
+};
+template <class R, class W> shim<R> shim_awaiter(W w) { co_return co_await skip_ready<std::remove_reference_t<W>>(w); }
+template <class R, class A> shim<R> shim_awaitable(A a) { co_return co_await static_cast<A&&>(a); }
+
+template <class A> class foreign_awaiter {  // A: X& refers, X&& moves into the shim when it has to wait
+    using bare = std::remove_reference_t<A>;
+    using R = await_result_t<A>;
+    using kept = std::conditional_t<std::is_lvalue_reference_v<A>, bare&, bare>;
+    static constexpr bool k_is_awaiter = !has_member_co_await<A> && !has_free_co_await<A>;
+    bare& a_;
+    frame_base* frame_;
+    typename shim<R>::handle_type shim_ = nullptr;
+    bool immediate_ = false;
+
+    static_assert(std::is_lvalue_reference_v<A> || std::is_move_constructible_v<bare>,
+                  "an awaitable that can't be moved must be awaited as an lvalue that outlives the operation");
+
+public:
+    foreign_awaiter(A&& a, frame_base* f) noexcept : a_(a), frame_(f) {}
+    foreign_awaiter(const foreign_awaiter&) = delete;
+    foreign_awaiter& operator=(const foreign_awaiter&) = delete;
+    ~foreign_awaiter() {
+        if (!shim_) return;
+        {
+            port::unique_lock l(shim_.promise().m);
+            if (!shim_.promise().finished) {
+                shim_.promise().abandoned = true;
+                return;
+            }
+        }
+        shim_.destroy();
+    }
+    bool await_ready() {
+        if constexpr (k_is_awaiter) immediate_ = static_cast<bool>(a_.await_ready());
+        return immediate_ && frame_->chain->core->spend();
+    }
+    RTB_DETAIL_NOINLINE void await_suspend(std::coroutine_handle<>) {
+        runnable* chain = frame_->chain;
+        if (immediate_) {
+            chain->core->make_ready(chain);
+            return;
+        }
+        if constexpr (k_is_awaiter)
+            shim_ = shim_awaiter<R, kept>(static_cast<A&&>(a_)).h;
+        else
+            shim_ = shim_awaitable<R, kept>(static_cast<A&&>(a_)).h;
+        shim_.promise().waiter = chain;
+        shim_.resume();
+    }
+    R await_resume() {
+        if constexpr (k_is_awaiter) {
+            if (immediate_) return static_cast<R>(a_.await_resume());
+        }
+        auto& p = shim_.promise();
+        { port::unique_lock l(p.m); }  // the operation's thread has left the shim after this
+#if RTB_DETAIL_EXCEPTIONS
+        if (p.error) std::rethrow_exception(p.error);
+#endif
+        if constexpr (std::is_reference_v<R>)
+            return static_cast<R>(**p.value);
+        else if constexpr (!std::is_void_v<R>)
+            return std::move(*p.value);
+    }
+};
+template <class A> auto make_awaiter(A&& a, frame_base* f) {
+    static_assert(foreign<A>, "this can't be awaited: it has no await_ready/await_suspend/await_resume and no operator co_await");
+    return foreign_awaiter<A>(std::forward<A>(a), f);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.combine   when_any, when_all, with_timeout, task_group
+// ---------------------------------------------------------------------------------------------------------------------
+// A combinator is a leaf that owns its arms. Leaf arms are waited for in place; tasks (and foreign awaitables, in a task)
+// are chains of their own. Arms are started one after the other through the scheduler's `starting` list, so that neither
+// starting nor finishing nests on the stack.
+struct arm_owner : runnable {
+    virtual void arm_done(std::size_t i) noexcept = 0;
+
+protected:
+    arm_owner() = default;
+    arm_owner(arm_owner&&) noexcept : runnable() {}
+    ~arm_owner() = default;
+};
+enum class arm_state { done, waiting, running };
+
+template <class T> class task_arm : completion_hook {
+    task<T> task_;
+    frame_base* f_ = nullptr;
+    arm_owner* owner_ = nullptr;
+    std::size_t index_ = 0;
+    bool over_ = false;
+
+public:
+    using result = T;
+    explicit task_arm(task<T>&& t) noexcept : task_(std::move(t)) {}
+    task_arm(task_arm&& o) noexcept : completion_hook(), task_(std::move(o.task_)) {}
+    ~task_arm() {
+        if (f_ == nullptr) return;
+        if (!over_) {
+            f_->running = true;
+            owner_->core->destroy_frames(f_);
+            owner_->core->forget(f_);
+        }
+        f_->release(f_, nullptr);
+    }
+    arm_state start(arm_owner* owner, std::size_t i) {
+        if (!task_access::fresh(task_)) task_ = misused_task<T>(nullptr);
+        f_ = task_access::release(task_);
+        owner_ = owner;
+        index_ = i;
+        completion_hook::done = [](completion_hook* h, frame_base*) noexcept {
+            task_arm* self = static_cast<task_arm*>(h);
+            self->over_ = true;
+            self->owner_->arm_done(self->index_);
+        };
+        f_->run = &sched_core::run_chain;
+        f_->core = owner->core;
+        f_->started = f_->keep_block = true;
+        f_->chain = f_->leaf = f_;
+        f_->hook = this;
+        owner->core->run_next(owner);  // goes on with the next arm after the first step of this one
+        owner->core->run_next(f_);
+        return arm_state::running;
+    }
+    bool failed() const noexcept { return over_ && f_->has == has_error; }
+    T take() { return take_result<T>(f_); }
+};
+template <class L> class leaf_arm : runnable {
+    std::optional<L> leaf_;
+    arm_owner* owner_ = nullptr;
+    std::size_t index_ = 0;
+
+public:
+    using result = decltype(std::declval<L&>().resume());
+    explicit leaf_arm(L&& l) noexcept(std::is_nothrow_move_constructible_v<L>) : leaf_(std::move(l)) {}
+    leaf_arm(leaf_arm&& o) noexcept(std::is_nothrow_move_constructible_v<L>) : runnable(), leaf_(std::move(o.leaf_)) {}
+    ~leaf_arm() {
+        leaf_.reset();
+        if (owner_ != nullptr) core->forget(this);
+    }
+    arm_state start(arm_owner* owner, std::size_t i) {
+        owner_ = owner;
+        index_ = i;
+        core = owner->core;
+        run = [](runnable* r) {
+            leaf_arm* self = static_cast<leaf_arm*>(r);
+            self->owner_->arm_done(self->index_);
+        };
+        return leaf_->ready(core) || !leaf_->suspend(this) ? arm_state::done : arm_state::waiting;
+    }
+    bool failed() const noexcept { return false; }
+    result take() { return leaf_->resume(); }
+};
+template <class W> class handle_arm {  // W: join_handle& (referred to), or join_handle (kept)
+    W w_;
+    using L = decltype(std::declval<std::remove_reference_t<W>&>().rtb_wait());
+    std::optional<leaf_arm<L>> arm_;
+
+public:
+    using result = typename leaf_arm<L>::result;
+    explicit handle_arm(W&& w) noexcept : w_(static_cast<W&&>(w)) {}
+    handle_arm(handle_arm&& o) noexcept : w_(static_cast<W&&>(o.w_)) {}
+    arm_state start(arm_owner* owner, std::size_t i) {
+        arm_.emplace(w_.rtb_wait());
+        return arm_->start(owner, i);
+    }
+    bool failed() const noexcept { return false; }
+    result take() { return arm_->take(); }
+};
+template <class A> auto make_arm(A&& a) {
+    using bare = std::remove_cvref_t<A>;
+    if constexpr (is_task<bare>) {
+        static_assert(!std::is_lvalue_reference_v<A>, "a task is moved into a combinator: pass std::move(task)");
+        return task_arm<typename bare::value_type>(std::move(a));
+    } else if constexpr (leaf<A>) {
+        static_assert(!std::is_lvalue_reference_v<A>, "an operation is moved into a combinator: pass std::move(operation)");
+        return leaf_arm<bare>(std::move(a));
+    } else if constexpr (has_leaf<A>) {
+        return handle_arm<A>(std::forward<A>(a));
+    } else {
+        return task_arm<work_result_t<A>>(as_task<false>(std::forward<A>(a)));
+    }
+}
+template <class A> using arm_of = decltype(make_arm(std::declval<A>()));
+template <class R> using non_void = std::conditional_t<std::is_void_v<R>, std::monostate, R>;
+
+template <class... Arms> class arm_set : public arm_owner {
+protected:
+    static constexpr std::size_t k_count = sizeof...(Arms);
+    std::tuple<std::optional<Arms>...> arms_;
+    runnable* target_ = nullptr;
+    std::size_t next_ = 0;
+    bool decided_ = false;
+
+    template <class F> void each(F f) {
+        [&]<std::size_t... I>(std::index_sequence<I...>) { (f(I, std::get<I>(arms_)), ...); }(std::make_index_sequence<k_count>());
+    }
+    void begin(runnable* target) {
+        target_ = target;
+        core = target->core;
+        run = [](runnable* r) { static_cast<arm_set*>(r)->go_on(); };
+        core->run_next(this);
+    }
+    void go_on() {
+        while (!decided_ && next_ < k_count) {
+            const std::size_t now = next_++;
+            arm_state state = arm_state::waiting;
+            each([&](std::size_t i, auto& arm) {
+                if (i == now) state = arm->start(this, now);
+            });
+            if (state == arm_state::running) return;
+            if (state == arm_state::done) arm_done(now);
+        }
+    }
+    // The result is certain: destroys the arms that are not `keep`, and resumes the task before anything else.
+    void decide(std::size_t keep) noexcept {
+        decided_ = true;
+        each([&](std::size_t i, auto& arm) {
+            if (i != keep) arm.reset();
+        });
+        core->forget(this);
+        core->run_next(target_);
+    }
+    template <std::size_t I> decltype(auto) take() {
+        auto& arm = *std::get<I>(arms_);
+        if constexpr (std::is_void_v<typename std::remove_reference_t<decltype(arm)>::result>) {
+            arm.take();
+            return std::monostate{};
+        } else {
+            return static_cast<typename std::remove_reference_t<decltype(arm)>::result>(arm.take());
+        }
+    }
+
+public:
+    explicit arm_set(Arms&&... arms) : arms_(std::move(arms)...) {}
+    arm_set(arm_set&& o) noexcept : arm_owner(std::move(o)), arms_(std::move(o.arms_)) {}
+    ~arm_set() {
+        if (target_ == nullptr) return;
+        each([](std::size_t, auto& arm) { arm.reset(); });
+        core->forget(this);
+    }
+};
+}  // namespace detail
+
+/// What when_any gives: which arm was first, and its value.
+template <class... R> class when_any_result {
+    template <class T> using kept = std::conditional_t<std::is_reference_v<T>, detail::stored<T>, detail::non_void<T>>;
+    std::variant<kept<R>...> v_;
+
+public:
+    template <std::size_t I, class V> when_any_result(std::in_place_index_t<I> i, V&& v) : v_(i, std::forward<V>(v)) {}
+    std::size_t index() const noexcept { return v_.index(); }
+    /// The value of arm I; std::monostate for void. Precondition: index() == I (std::bad_variant_access).
+    template <std::size_t I> decltype(auto) get() & {
+        if constexpr (std::is_reference_v<std::tuple_element_t<I, std::tuple<R...>>>)
+            return (*std::get<I>(v_));
+        else
+            return (std::get<I>(v_));
+    }
+    template <std::size_t I> decltype(auto) get() && {
+        if constexpr (std::is_reference_v<std::tuple_element_t<I, std::tuple<R...>>>)
+            return (*std::get<I>(v_));
+        else
+            return (std::get<I>(std::move(v_)));
+    }
+    template <std::size_t I> decltype(auto) get() const& {
+        if constexpr (std::is_reference_v<std::tuple_element_t<I, std::tuple<R...>>>)
+            return (*std::get<I>(v_));
+        else
+            return (std::get<I>(v_));
+    }
+};
+
+namespace detail {
+template <class... Arms> class any_leaf final : public arm_set<Arms...> {
+    using base = arm_set<Arms...>;
+    std::size_t winner_ = 0;
+
+    void arm_done(std::size_t i) noexcept override {
+        if (base::decided_) return;
+        winner_ = i;
+        base::decide(i);
+    }
+
+public:
+    using rtb_leaf = void;
+    using base::base;
+    using result = when_any_result<typename Arms::result...>;
+    any_leaf(any_leaf&& o) noexcept : base(std::move(o)) {}
+    bool ready(sched_core*) const noexcept { return false; }
+    bool suspend(runnable* target) {
+        base::begin(target);
+        return true;
+    }
+    std::size_t winner() const noexcept { return winner_; }
+    template <std::size_t I> decltype(auto) take_arm() { return base::template take<I>(); }
+    result resume() { return pick<0>(); }
+
+private:
+    template <std::size_t I> result pick() {
+        if constexpr (I + 1 < sizeof...(Arms)) {
+            if (winner_ != I) return pick<I + 1>();
+        }
+        using R = std::tuple_element_t<I, std::tuple<typename Arms::result...>>;
+        if constexpr (std::is_reference_v<R>)
+            return result(std::in_place_index<I>, std::addressof(base::template take<I>()));
+        else
+            return result(std::in_place_index<I>, base::template take<I>());
+    }
+};
+template <class... Arms> class all_leaf final : public arm_set<Arms...> {
+    using base = arm_set<Arms...>;
+    std::size_t over_ = 0;
+    std::size_t failed_ = sizeof...(Arms);
+
+    void arm_done(std::size_t i) noexcept override {
+        if (base::decided_) return;
+        bool failed = false;
+        base::each([&](std::size_t k, auto& arm) {
+            if (k == i) failed = arm->failed();
+        });
+        if (failed) {
+            failed_ = i;
+            base::decide(i);
+        } else if (++over_ == sizeof...(Arms)) {
+            base::decided_ = true;
+            base::core->forget(this);
+            base::core->run_next(base::target_);
+        }
+    }
+
+public:
+    using rtb_leaf = void;
+    using base::base;
+    using result = std::tuple<non_void<typename Arms::result>...>;
+    all_leaf(all_leaf&& o) noexcept : base(std::move(o)) {}
+    bool ready(sched_core*) const noexcept { return sizeof...(Arms) == 0; }
+    bool suspend(runnable* target) {
+        if (sizeof...(Arms) == 0) return false;
+        base::begin(target);
+        return true;
+    }
+    result resume() {
+        base::each([&](std::size_t k, auto& arm) {
+            if (k == failed_) static_cast<void>(arm->take());  // throws
+        });
+        return gather(std::make_index_sequence<sizeof...(Arms)>());
+    }
+
+private:
+    template <std::size_t... I> result gather(std::index_sequence<I...>) { return result{base::template take<I>()...}; }
+};
+template <class E>
+concept has_timed_out = requires {
+    typename E::errc_type;
+    E(E::errc_type::timed_out);
+};
+template <class T> struct timeout_result {
+    using type = expected<T, timed_out>;
+};
+template <class T, has_timed_out E> struct timeout_result<expected<T, E>> {
+    using type = expected<T, E>;
+};
+template <class Arm> class timeout_leaf {
+    using R = typename Arm::result;
+    any_leaf<Arm, leaf_arm<sleep_leaf>> any_;
+
+public:
+    using rtb_leaf = void;
+    using result = typename timeout_result<R>::type;
+    timeout_leaf(Arm&& arm, duration d) : any_(std::move(arm), leaf_arm<sleep_leaf>(sleep_leaf(d))) {}
+    timeout_leaf(timeout_leaf&& o) noexcept : any_(std::move(o.any_)) {}
+    bool ready(sched_core*) const noexcept { return false; }
+    bool suspend(runnable* target) { return any_.suspend(target); }
+    result resume() {
+        if (any_.winner() == 1) {
+            if constexpr (std::is_same_v<result, R>)
+                return rtb::unexpected(R::error_type::errc_type::timed_out);
+            else
+                return rtb::unexpected(timed_out{});
+        }
+        if constexpr (std::is_void_v<R>) {
+            static_cast<void>(any_.template take_arm<0>());
+            return {};
+        } else {
+            return result(any_.template take_arm<0>());
+        }
+    }
+};
+}  // namespace detail
+
+/// co_await when_any(a, b, ...): when_any_result<A, B, ...>. The first arm to complete wins; the others are destroyed
+/// before it returns. Biased: arms start in listed order, and starting stops at the first that is complete.
+///
+/// An exception of the winner is rethrown. An lvalue arm (a join_handle) is referred to, and only its wait is undone; a
+/// task or an operation is moved in. Operations of this library take nothing unless they win.
+/// Allocates nothing itself. Cancel   destroys every arm.
+template <class... A> auto when_any(A&&... arms) {
+    static_assert(sizeof...(A) > 0, "when_any of nothing would never end");
+    return detail::any_leaf<detail::arm_of<A>...>(detail::make_arm(std::forward<A>(arms))...);
+}
+/// co_await when_all(a, b, ...): std::tuple of the results (std::monostate for void). The first exception of an arm destroys
+/// the others and is rethrown. Allocates nothing itself. Cancel   destroys every arm.
+template <class... A> auto when_all(A&&... arms) {
+    return detail::all_leaf<detail::arm_of<A>...>(detail::make_arm(std::forward<A>(arms))...);
+}
+/// co_await with_timeout(d, a): expected<T, timed_out>; for an expected<T, E> whose E has a timed_out code, the same type.
+/// `a` is destroyed before the time-out is reported. Exceptions of `a` pass through.
+template <class A> auto with_timeout(duration d, A&& a) {
+    return detail::timeout_leaf<detail::arm_of<A>>(detail::make_arm(std::forward<A>(a)), d);
+}
+
+/// Structured concurrency: tasks that can't outlive the group.
+///
+/// co_await group.join() waits for all of them; the first failure cancels the rest, and is rethrown once all are gone. The
+/// destructor destroys what still runs.
+/// Threads   the scheduler's. Allocates one small node per task, besides the task.
+class task_group : detail::immovable {
+    struct child : detail::link, detail::completion_hook {
+        task_group* group;
+        detail::frame_base* root = nullptr;
+        explicit child(task_group* g) noexcept : group(g) {
+            detail::completion_hook::done = [](detail::completion_hook* h, detail::frame_base* f) noexcept {
+                static_cast<child*>(h)->over(f);
+            };
+        }
+        void over(detail::frame_base* f) noexcept {
+            task_group* g = group;
+            if (link::linked()) link::unlink();
+            if (g != nullptr) {
+                if (f->has == detail::has_error) {
+                    if (!g->failure_) f->release(f, &g->failure_);
+                    g->cancel();
+                }
+                if (g->children_.empty() && g->waiter_ != nullptr) detail::wake(std::exchange(g->waiter_, nullptr));
+            }
+            delete this;
+        }
+    };
+    detail::sched_core* core_;
+    detail::list<child> children_;
+    detail::runnable* waiter_ = nullptr;
+    std::exception_ptr failure_;
+
+    class join_leaf {
+        task_group* g_;
+        detail::runnable* target_ = nullptr;
+
+    public:
+        using rtb_leaf = void;
+        explicit join_leaf(task_group* g) noexcept : g_(g) {}
+        join_leaf(join_leaf&& o) noexcept : g_(o.g_) {}
+        ~join_leaf() {
+            if (target_ != nullptr && g_->waiter_ == target_) g_->waiter_ = nullptr;
+        }
+        bool ready(detail::sched_core*) const noexcept { return g_->children_.empty(); }
+        bool suspend(detail::runnable* r) noexcept {
+            if (g_->children_.empty()) return false;
+            g_->waiter_ = target_ = r;
+            return true;
+        }
+        void resume() {
+            target_ = nullptr;
+#if RTB_DETAIL_EXCEPTIONS
+            if (std::exception_ptr e = std::exchange(g_->failure_, nullptr)) std::rethrow_exception(std::move(e));
+#endif
+        }
+    };
+
+public:
+    /// On the scheduler that this thread is running.
+    task_group() : core_(detail::current_core()) {
+        if (core_ == nullptr) RTB_DETAIL_THROW(std::logic_error("rtb::task_group: made outside of a scheduler"), "task_group: no scheduler");
+    }
+    explicit task_group(scheduler& s) noexcept : core_(s.core_) {}
+    ~task_group() {
+        while (child* c = children_.pop_front()) {
+            c->group = nullptr;
+            if (c->root->running)
+                core_->request_cancel(c->root);  // the group is destroyed by one of its own tasks: that one ends after its step
+            else
+                core_->destroy_root(c->root);
+        }
+    }
+    template <detail::work A>
+    auto spawn(A&& a, spawn_options options = {}, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE())
+        -> join_handle<detail::work_result_t<A>> {
+        using T = detail::work_result_t<A>;
+        auto* node = new child(this);
+        detail::frame_base* f = nullptr;
+        RTB_DETAIL_TRY { f = detail::make_root(core_, detail::as_task<false>(std::forward<A>(a)), options, file, line); }
+        RTB_DETAIL_CATCH_ALL {
+            delete node;
+            RTB_DETAIL_RETHROW;
+        }
+        node->root = f;
+        f->hook = node;
+        children_.push_back(node);
+        join_handle<T> handle = detail::handle_access::make<T>(f);
+        if (core_->submit(f)) {
+            detail::sched_core::count_spawn(core_);
+        } else {
+            node->link::unlink();
+            delete node;
+            f->hook = nullptr;
+            detail::refuse_root(f);
+        }
+        return handle;
+    }
+    /// Cancels every task of the group.
+    void cancel() noexcept {
+        for (child* c = children_.front(); c != nullptr; c = children_.after(c)) core_->request_cancel(c->root);
+    }
+    std::size_t size() const noexcept {
+        std::size_t n = 0;
+        for (child* c = children_.front(); c != nullptr; c = children_.after(c)) ++n;
+        return n;
+    }
+    /// co_await group.join(): void; rethrows the first failure.
+    join_leaf join() noexcept { return join_leaf(this); }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>core.blocking   run_blocking and its pool
+// ---------------------------------------------------------------------------------------------------------------------
+namespace detail {
+struct blocking_job : link {
+    port::atomic<unsigned> refs{2};  // the call and the pool
+    port::mutex m;
+    runnable* waiter = nullptr;  // m; null: abandoned, or not waiting yet
+    bool over = false;           // m
+    void (*execute)(blocking_job*) noexcept = nullptr;
+    void (*destroy)(blocking_job*) noexcept = nullptr;
+    void drop() noexcept {
+        if (refs.fetch_sub(1, std::memory_order_acq_rel) == 1) destroy(this);
+    }
+};
+// Threads are started when a job finds none idle, up to the limit, and live as long as the scheduler.
+struct blocking_pool : immovable {
+    port::mutex m;
+    port::condition_variable cv;
+    list<blocking_job> jobs;  // m
+    std::size_t idle = 0;     // m
+    bool ending = false;      // m
+    std::vector<std::unique_ptr<port::thread>> threads;  // loop
+
+    bool submit(blocking_job* job, std::size_t limit) {
+        bool start = false;
+        {
+            port::unique_lock l(m);
+            jobs.push_back(job);
+            start = idle == 0 && threads.size() < limit;
+            if (!start) cv.notify_one();
+        }
+        if (!start) return true;
+        auto t = std::make_unique<port::thread>();
+        threads.reserve(threads.size() + 1);
+        if (!t->start([this] { work(); })) {
+            threads.push_back(std::move(t));
+            return true;
+        }
+        if (!threads.empty()) return true;  // the others will come to it
+        port::unique_lock l(m);
+        job->unlink();
+        return false;
+    }
+    void work() noexcept {
+        port::unique_lock l(m);
+        for (;;) {
+            blocking_job* job = jobs.pop_front();
+            if (job == nullptr) {
+                if (ending) return;
+                ++idle;
+                cv.wait(l);
+                --idle;
+                continue;
+            }
+            l.unlock();
+            run(job);
+            l.lock();
+        }
+    }
+    static void run(blocking_job* job) noexcept {
+        job->execute(job);
+        {
+            port::unique_lock l(job->m);
+            job->over = true;
+            if (job->waiter != nullptr) wake(std::exchange(job->waiter, nullptr));
+        }
+        job->drop();
+    }
+    void end() noexcept {
+        {
+            port::unique_lock l(m);
+            ending = true;
+            while (blocking_job* job = jobs.pop_front()) job->drop();  // not begun, and nobody waits any more
+            cv.notify_all();
+        }
+        for (auto& t : threads) t->join();
+    }
+};
+inline void sched_core::end_pool() noexcept {
+    blocking_pool* p = std::exchange(pool, nullptr);
+    if (p == nullptr) return;
+    p->end();
+    delete p;
+}
+
+template <class R, class F, class... Args> struct blocking_call final : blocking_job {
+    F f;
+    std::tuple<Args...> args;
+    std::optional<stored<R>> value;
+    std::exception_ptr error;
+
+    template <class G, class... A> explicit blocking_call(G&& g, A&&... a) : f(std::forward<G>(g)), args(std::forward<A>(a)...) {
+        execute = [](blocking_job* j) noexcept {
+            blocking_call* self = static_cast<blocking_call*>(j);
+            RTB_DETAIL_TRY {
+                if constexpr (std::is_void_v<R>) {
+                    std::apply(std::move(self->f), std::move(self->args));
+                    self->value.emplace();
+                } else if constexpr (std::is_reference_v<R>) {
+                    self->value.emplace(std::addressof(std::apply(std::move(self->f), std::move(self->args))));
+                } else {
+                    self->value.emplace(std::apply(std::move(self->f), std::move(self->args)));
+                }
+            }
+            RTB_DETAIL_CATCH_ALL { self->error = std::current_exception(); }
+        };
+        destroy = [](blocking_job* j) noexcept { delete static_cast<blocking_call*>(j); };
+    }
+};
+template <class R, class Call> class blocking_leaf {
+    Call* call_;
+    sched_core* core_ = nullptr;  // while it waits
+
+    void leave() noexcept {
+        port::unique_lock l(call_->m);
+        call_->waiter = nullptr;
+    }
+    void run_inline() noexcept {
+        call_->refs.fetch_sub(1, std::memory_order_relaxed);
+        call_->execute(call_);
+    }
+
+public:
+    using rtb_leaf = void;
+    explicit blocking_leaf(Call* c) noexcept : call_(c) {}
+    blocking_leaf(blocking_leaf&& o) noexcept : call_(std::exchange(o.call_, nullptr)) {}
+    ~blocking_leaf() {
+        if (call_ == nullptr) return;
+        if (core_ != nullptr) {
+            leave();
+            --core_->blocking_calls;
+        } else if (!call_->value && !call_->error) {
+            call_->refs.fetch_sub(1, std::memory_order_relaxed);  // never started
+        }
+        call_->drop();
+    }
+    bool ready(sched_core*) const noexcept { return false; }
+    bool suspend(runnable* target) {
+        sched_core* c = target->core;
+        if (!port::has_threads || c->options.time != nullptr || c->options.blocking_threads == 0) {
+            run_inline();
+            return false;
+        }
+        if (c->pool == nullptr) c->pool = new blocking_pool;
+        call_->waiter = target;
+        if (!c->pool->submit(call_, c->options.blocking_threads)) {  // not even one thread: slow beats never
+            call_->waiter = nullptr;
+            run_inline();
+            return false;
+        }
+        core_ = c;
+        ++c->blocking_calls;
+        return true;
+    }
+    R resume() {
+        if (core_ != nullptr) {
+            leave();
+            --core_->blocking_calls;
+            core_ = nullptr;
+        }
+#if RTB_DETAIL_EXCEPTIONS
+        if (call_->error) std::rethrow_exception(call_->error);
+#endif
+        if constexpr (std::is_reference_v<R>)
+            return static_cast<R>(**call_->value);
+        else if constexpr (!std::is_void_v<R>)
+            return std::move(*call_->value);
+    }
+};
+}  // namespace detail
+
+/// co_await run_blocking(f, args...): runs f(args...) on a thread of the scheduler's pool; its result or exception comes
+/// back here. For work that can't be made asynchronous: files, getaddrinfo, a long computation.
+///
+/// Resumes   on the scheduler. Cancel    abandons the call: it runs to its end and its result is dropped on the pool, so
+///           it must not refer to locals of the task: pass arguments.
+/// Allocates one block for f, the arguments and the result. Threads are started on demand (blocking_threads), and joined
+///           by the scheduler's destructor.
+/// With a manual clock, or without threads, the call runs inline.
+template <class F, class... Args> auto run_blocking(F&& f, Args&&... args) {
+    using R = decltype(std::apply(std::declval<std::decay_t<F>>(), std::declval<std::tuple<std::decay_t<Args>...>>()));
+    using call = detail::blocking_call<R, std::decay_t<F>, std::decay_t<Args>...>;
+    return detail::blocking_leaf<R, call>(new call(std::forward<F>(f), std::forward<Args>(args)...));
+}
+
+}  // inline namespace
+}  // namespace rtb
+
+namespace std {
+template <> struct is_error_code_enum<::rtb::join_errc> : true_type {};
+template <> struct is_error_code_enum<::rtb::channel_errc> : true_type {};
+}  // namespace std
+
+#elif RTB_CORE_VERSION != 100
+#error "rtb: runtime_bridge.hpp and concurrency.hpp are from different releases; take both from the same one"
+#endif
+// >>core-end
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>bridge   runtime_bridge
+// ---------------------------------------------------------------------------------------------------------------------
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+enum class bridge_errc { worker_dead = 1, response_lost, timed_out, would_deadlock };
+
+namespace detail {
+template <> struct errc_info<bridge_errc> {
+    static constexpr const char* name = "rtb.bridge";
+    static const char* text(bridge_errc e) noexcept {
+        switch (e) {
+            case bridge_errc::worker_dead: return "the bridge has no worker: it was shut down or moved from, or this is a forked child";
+            case bridge_errc::response_lost: return "the task ended without a value: it threw (see cause()) or was destroyed";
+            case bridge_errc::timed_out: return "the task did not answer in time";
+            case bridge_errc::would_deadlock: return "blocking here would wait for this very thread; co_await the task instead";
+        }
+        return "unknown bridge error";
+    }
+};
+}  // namespace detail
+
+class bridge_error : public detail::error<bridge_errc> {
+public:
+    using error::error;
+};
+
+struct runtime_bridge_options {
+    std::string thread_name = "runtime-bridge";  // the first 15 characters are shown by Linux
+    scheduler_options scheduler{};
+    thread_hook on_thread_start{};  // runs first on the worker: affinity, priority
+};
+struct bridge_stats {
+    std::uint64_t requests = 0, completed = 0, failed = 0, timed_out = 0, cancelled = 0, in_flight = 0;
+};
+enum class shutdown_mode { drain, abort };
+struct stuck_task {
+    std::string name;
+    std::string where;  // file:line of the spawn
+};
+struct shutdown_report {
+    std::size_t finished = 0;   // ended by themselves since the call, with a value or an exception
+    std::size_t cancelled = 0;  // destroyed
+    std::vector<stuck_task> stuck;  // in the middle of a step that nobody can take back
+};
+inline constexpr time_point never = detail::never;
+
+/// A worker thread with a scheduler that synchronous code calls into. Calls from any thread run concurrently on it; the
+/// caller's own runtime, if it has one, is never re-entered.
+///
+/// Result    block_on: expected<T, bridge_error>. The value; `response_lost` with cause() if the task threw, without if it was
+///           destroyed; `worker_dead` if there is no worker (shut down, moved from, forked child); `would_deadlock` on the worker
+///           itself, or if the worker waits for the calling thread through other bridges; `timed_out`.
+/// Cancel    a timed-out request is destroyed on the worker; a late value is destroyed there.
+/// Errors    the constructor throws std::system_error if the OS refuses the thread; create() returns the code.
+/// Allocates one block per call (the task's own), one more for a callable.
+/// Threads   all members, any thread. Moving and destroying exclude other calls on the object.
+/// Cost      two thread switches; under a microsecond while both sides spin (scheduler_options::spin), none when idle.
+class runtime_bridge {
+    struct state : detail::immovable {
+        detail::worker* w;
+        detail::port::atomic<std::uint64_t> timed_out{0};
+        explicit state(detail::worker* worker) noexcept : w(worker) {}
+        detail::sched_core* core() const noexcept { return w->core(); }
+    };
+    state* s_ = nullptr;
+
+    explicit runtime_bridge(state* s) noexcept : s_(s) {}
+    static std::error_code open(runtime_bridge_options&& o, state*& out) {
+        o.scheduler.name = std::move(o.thread_name);
+        std::unique_ptr<detail::worker> w(new detail::worker(std::move(o.scheduler), std::move(o.on_thread_start)));
+        std::unique_ptr<state> s(new state(w.get()));
+        if (const std::error_code e = w->start()) return e;
+        static_cast<void>(w.release());
+        out = s.release();
+        return {};
+    }
+    // Nothing may be locked, and no mutex of the parent touched, in a forked child.
+    bool usable() const noexcept {
+        return s_ != nullptr && !s_->core()->forked() && !s_->core()->stop_flag.load(std::memory_order_acquire) &&
+               !s_->core()->draining.load(std::memory_order_acquire);
+    }
+    static bridge_error from(join_error&& e) noexcept {
+        return bridge_error(bridge_errc::response_lost, e.code() == join_errc::failed ? e.cause() : nullptr);
+    }
+    void close() noexcept {
+        state* s = s_;
+        if (s == nullptr) return;
+        if (!s->core()->forked()) {
+            shutdown(shutdown_mode::drain);
+            s->w->join();
+            s->w->drop_ref();
+            delete s;
+        }  // else leaked on purpose: it belongs to a process that is not this one
+        s_ = nullptr;
+    }
+
+    // Waits for the answer to a request; looks for a stall from time to time, so that a hang is reported while it lasts.
+    static bool wait(detail::sched_core* c, detail::blocker& b, time_point until) noexcept {
+        const duration slice = c->options.stall_threshold;
+        if (slice <= duration::zero()) return b.wait(c->wait_spin, c->options.spin, until);
+        for (;;) {
+            const time_point look = (std::min)(until, detail::deadline_after(clock::now(), slice));
+            if (b.wait(c->wait_spin, c->options.spin, look)) return true;
+            c->check_stall();
+            if (look == until && clock::now() >= until) return false;
+        }
+    }
+    template <class T> expected<T, bridge_error> request(task<T> t, time_point until, const char* file, unsigned line) {
+        detail::sched_core* const c = s_->core();
+        detail::frame_base* f = detail::make_root(c, std::move(t), {}, file, line);
+        join_handle<T> handle = detail::handle_access::make<T>(f);
+        detail::sched_core* const leader = detail::current_leader();
+        if (leader != nullptr && !detail::publish_edge(leader, c, until)) {
+            detail::refuse_root(f);
+            return rtb::unexpected(bridge_errc::would_deadlock);
+        }
+        detail::blocker b;
+        b.edge_of = leader;
+        f->joiner = &b;
+        f->state.fetch_or(detail::frame_base::k_joiner, std::memory_order_relaxed);
+        if (until != never) f->set_start_deadline(until);
+        c->external.fetch_add(1, std::memory_order_relaxed);
+        if (!c->submit(f)) {
+            c->external.fetch_sub(1, std::memory_order_relaxed);
+            if (leader != nullptr) detail::clear_edge(leader);
+            detail::refuse_root(f);
+            return rtb::unexpected(bridge_errc::worker_dead);
+        }
+        detail::sched_core::count_spawn(c);
+        if (!wait(c, b, until)) {
+            detail::unregister_joiner(f, &b);
+            if (!b.is_done()) {
+                if (leader != nullptr) detail::clear_edge(leader);
+                s_->timed_out.fetch_add(1, std::memory_order_relaxed);
+                handle.cancel();
+                return rtb::unexpected(bridge_errc::timed_out);
+            }
+        }
+        expected<T, join_error> r = detail::handle_access::take(handle);
+        if (!r) {
+            if (r.error() == join_errc::cancelled && until != never && clock::now() >= until) {  // it was too late to start
+                s_->timed_out.fetch_add(1, std::memory_order_relaxed);
+                return rtb::unexpected(bridge_errc::timed_out);
+            }
+            return rtb::unexpected(from(std::move(r).error()));
+        }
+        if constexpr (std::is_void_v<T>)
+            return {};
+        else if constexpr (std::is_reference_v<T>)
+            return static_cast<T>(*r);
+        else
+            return expected<T, bridge_error>(std::in_place, std::move(*r));
+    }
+    std::optional<bridge_errc> refusal() const noexcept {
+        if (!usable()) return bridge_errc::worker_dead;
+        if (detail::runs_here(s_->core())) return bridge_errc::would_deadlock;
+        return std::nullopt;
+    }
+
+public:
+    explicit runtime_bridge(runtime_bridge_options options = {}) {
+        if (const std::error_code e = open(std::move(options), s_))
+            RTB_DETAIL_THROW(std::system_error(e, "rtb::runtime_bridge"), "the system refused a thread");
+    }
+    /// The rest by default. A template, so that braces mean options: g++ 12.2 calls a std::string overload ambiguous.
+    template <class S>
+        requires std::is_convertible_v<const S&, std::string_view>
+    explicit runtime_bridge(const S& thread_name) : runtime_bridge(named(thread_name)) {}
+    runtime_bridge(runtime_bridge&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    runtime_bridge& operator=(runtime_bridge&& o) noexcept {
+        if (this != &o) {
+            close();
+            s_ = std::exchange(o.s_, nullptr);
+        }
+        return *this;
+    }
+    /// shutdown(drain), then join. On the worker itself: stops intake and leaves the rest to the worker.
+    ~runtime_bridge() { close(); }
+
+    static expected<runtime_bridge, std::error_code> create() noexcept { return create(runtime_bridge_options{}); }
+    static expected<runtime_bridge, std::error_code> create(runtime_bridge_options options) noexcept {
+        state* s = nullptr;
+        RTB_DETAIL_TRY {
+            if (const std::error_code e = open(std::move(options), s)) return rtb::unexpected(e);
+            return runtime_bridge(s);
+        }
+        RTB_DETAIL_CATCH_ALL { return rtb::unexpected(std::make_error_code(std::errc::not_enough_memory)); }
+    }
+
+    /// Runs `a` on the worker and blocks until it is over. `a`: an awaitable (tasks are moved in), or a callable that returns
+    /// one, called on the worker. Returns only after frame and callable are gone, so [&] is safe.
+    template <detail::work A> auto block_on(A&& a, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE())
+        -> expected<detail::work_result_t<A>, bridge_error> {
+        if (const auto no = refusal()) return rtb::unexpected(*no);
+        return request(detail::as_task<true>(std::forward<A>(a)), never, file, line);
+    }
+    /// As block_on, but returns `timed_out` at the deadline, even if the task is in mid-step. Owns its argument: nothing in
+    /// it may refer to the caller's stack. A request that has not started by then never runs. Deadlines are steady time.
+    template <detail::work A> auto block_on_until(time_point deadline, A&& a, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE())
+        -> expected<detail::work_result_t<A>, bridge_error> {
+        static_assert(!std::is_lvalue_reference_v<A> || detail::calls_awaitable<A>,
+                      "a call with a deadline owns its argument: pass an rvalue, or a callable");
+        if (const auto no = refusal()) return rtb::unexpected(*no);
+        if (deadline != never && deadline <= clock::now()) {
+            s_->timed_out.fetch_add(1, std::memory_order_relaxed);
+            return rtb::unexpected(bridge_errc::timed_out);
+        }
+        return request(detail::as_task<false>(std::forward<A>(a)), deadline, file, line);
+    }
+    template <detail::work A> auto block_on_for(duration d, A&& a, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE())
+        -> expected<detail::work_result_t<A>, bridge_error> {
+        return block_on_until(detail::deadline_after(clock::now(), d), std::forward<A>(a), file, line);
+    }
+    /// Starts `a` on the worker. On a dead bridge: a handle that says `cancelled`.
+    template <detail::work A>
+    auto spawn(A&& a, spawn_options options = {}, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE())
+        -> join_handle<detail::work_result_t<A>> {
+        if (s_ == nullptr || s_->core()->forked()) return {};
+        return s_->w->sched.spawn(std::forward<A>(a), options, file, line);
+    }
+    /// True until shutdown begins; false in a moved-from bridge and in a forked child.
+    bool alive() const noexcept { return usable(); }
+    bool on_worker() const noexcept { return s_ != nullptr && s_->w->sched.on_this_thread(); }
+    /// Precondition: not moved from.
+    rtb::scheduler& scheduler() noexcept {
+        RTB_ASSERT(s_ != nullptr, "scheduler() of a moved-from bridge");
+        return s_->w->sched;
+    }
+    bridge_stats stats() const {
+        bridge_stats b;
+        if (s_ == nullptr) return b;
+        const scheduler_stats s = s_->w->sched.stats();
+        b.completed = s.completed, b.failed = s.failed, b.cancelled = s.cancelled, b.requests = s.spawned;
+        b.timed_out = s_->timed_out.load(std::memory_order_relaxed);
+        const std::uint64_t over = b.completed + b.failed + b.cancelled;
+        b.in_flight = b.requests > over ? b.requests - over : 0;
+        return b;
+    }
+    /// Refuses new work at once. drain: finishes what somebody waits for, then destroys the rest. abort: destroys everything
+    /// (waiters get `response_lost`). Then the worker ends. At the deadline a drain becomes an abort; a step that does not
+    /// return is reported as stuck. On the worker itself: returns at once, the rest happens after the current step.
+    /// Idempotent, from any thread.
+    shutdown_report shutdown(shutdown_mode mode = shutdown_mode::drain, time_point deadline = never) noexcept {
+        shutdown_report report;
+        if (s_ == nullptr || s_->core()->forked()) return report;
+        detail::sched_core* const c = s_->core();
+        const scheduler_stats before = s_->w->sched.stats();
+        if (mode == shutdown_mode::abort) {
+            c->request_stop();
+        } else {
+            detail::port::unique_lock l(c->m);
+            c->closed = true;
+            c->draining.store(true, std::memory_order_release);
+            c->wake_loop_locked();
+        }
+        if (detail::runs_here(c)) return report;
+        const bool over = await_end(deadline);
+        const scheduler_stats after = s_->w->sched.stats();
+        report.finished = static_cast<std::size_t>(after.completed + after.failed - before.completed - before.failed);
+        report.cancelled = static_cast<std::size_t>(after.cancelled - before.cancelled);
+        if (over) {
+            s_->w->join();
+            return report;
+        }
+        RTB_DETAIL_TRY {
+            stuck_task t;
+            if (c->look(t.name, t.where)) report.stuck.push_back(std::move(t));
+        }
+        RTB_DETAIL_CATCH_ALL {}
+        return report;
+    }
+
+private:
+    template <class S> static runtime_bridge_options named(const S& name) {
+        runtime_bridge_options o;
+        o.thread_name = std::string_view(name);
+        return o;
+    }
+    // True: the worker has destroyed its tasks. False: after the deadline, and a grace for a short step, it still has not.
+    bool await_end(time_point deadline) noexcept {
+        detail::sched_core* const c = s_->core();
+        detail::worker* const w = s_->w;
+        const duration slice = c->options.stall_threshold > duration::zero() ? c->options.stall_threshold : (duration::max)();
+        detail::port::unique_lock l(w->m);
+        for (bool aborting = false; !w->over;) {
+            const time_point t = clock::now();
+            if (t >= deadline) {
+                if (aborting) return false;
+                aborting = true;
+                deadline = detail::deadline_after(t, std::chrono::milliseconds(100));
+                l.unlock();
+                c->request_stop();
+                l.lock();
+                continue;
+            }
+            const time_point until = (std::min)(deadline, detail::deadline_after(t, slice));
+            if (until == never)
+                w->cv.wait(l);
+            else
+                w->cv.wait_until(l, until);
+            l.unlock();
+            c->check_stall();
+            l.lock();
+        }
+        return true;
+    }
+};
+
+}  // inline namespace
+}  // namespace rtb
+
+namespace std {
+template <> struct is_error_code_enum<::rtb::bridge_errc> : true_type {};
+}  // namespace std
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>undef   internal macros
+// ---------------------------------------------------------------------------------------------------------------------
+#undef RTB_DETAIL_EXCEPTIONS
+#undef RTB_DETAIL_TRY
+#undef RTB_DETAIL_CATCH_ALL
+#undef RTB_DETAIL_THROW
+#undef RTB_DETAIL_RETHROW
+#undef RTB_DETAIL_NX
+#undef RTB_DETAIL_NOINLINE
+#endif  // RTB_RUNTIME_BRIDGE_VERSION
