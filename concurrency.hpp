@@ -41,6 +41,26 @@
 #define RTB_DETAIL_NOINLINE
 #endif
 
+#ifndef RTB_FRAME_ALIGN
+#define RTB_FRAME_ALIGN 64  // locals of a type aligned up to this are aligned in every coroutine
+#endif
+#ifndef RTB_CONFIG_ID
+#define RTB_CONFIG_ID
+#endif
+
+// The inline namespace carries everything that changes a layout, so that differently configured or differently
+// versioned copies in one program never mix: they are different types.
+#define RTB_DETAIL_CAT_(a, b, c, d, e) a##b##c##d##e
+#define RTB_DETAIL_CAT(a, b, c, d, e) RTB_DETAIL_CAT_(a, b, c, d, e)
+#define RTB_DETAIL_PASTE_(a, b) a##b
+#define RTB_DETAIL_PASTE(a, b) RTB_DETAIL_PASTE_(a, b)
+#if RTB_FRAME_ALIGN == 64
+#define RTB_DETAIL_ALIGN_TAG
+#else
+#define RTB_DETAIL_ALIGN_TAG RTB_DETAIL_PASTE(_a, RTB_FRAME_ALIGN)
+#endif
+#define RTB_DETAIL_NS RTB_DETAIL_CAT(v0_1_0, RTB_DETAIL_NX, RTB_PORT_ID, RTB_DETAIL_ALIGN_TAG, RTB_CONFIG_ID)
+
 #if !defined(RTB_CORE_VERSION)
 #define RTB_CORE_VERSION 100
 
@@ -69,9 +89,6 @@
 #include <variant>       // monostate, when_any_result
 #include <vector>        // blocking pool
 
-#ifndef RTB_FRAME_ALIGN
-#define RTB_FRAME_ALIGN 64  // locals of a type aligned up to this are aligned in every coroutine
-#endif
 #ifndef RTB_ALLOC
 #define RTB_ALLOC(size) ::operator new(size)  // coroutine frames; at least 16 byte alignment; null or an exception when full
 #define RTB_FREE(pointer) ::operator delete(pointer)
@@ -85,9 +102,6 @@
 #else
 #define RTB_ASSERT(condition, message) ((condition) ? static_cast<void>(0) : RTB_PANIC(message))
 #endif
-#endif
-#ifndef RTB_CONFIG_ID
-#define RTB_CONFIG_ID
 #endif
 
 // The port: everything that either header knows about threads, locks, clocks and the operating system. A replacement
@@ -181,7 +195,7 @@ template <class T> struct thread_slot {
 #endif
 #define RTB_PORT_ID
 namespace rtb_port {
-inline namespace std_threads {
+inline namespace RTB_DETAIL_PASTE(std_threads, RTB_DETAIL_NX) {
 inline constexpr bool has_threads = true;
 using std::condition_variable;
 using std::mutex;
@@ -291,19 +305,6 @@ template <class T> struct thread_slot {
 }  // namespace rtb_port
 #endif
 // >>port-end
-
-// The inline namespace carries everything that changes a layout, so that differently configured or differently
-// versioned copies in one program never mix: they are different types.
-#define RTB_DETAIL_CAT_(a, b, c, d, e) a##b##c##d##e
-#define RTB_DETAIL_CAT(a, b, c, d, e) RTB_DETAIL_CAT_(a, b, c, d, e)
-#define RTB_DETAIL_PASTE_(a, b) a##b
-#define RTB_DETAIL_PASTE(a, b) RTB_DETAIL_PASTE_(a, b)
-#if RTB_FRAME_ALIGN == 64
-#define RTB_DETAIL_ALIGN_TAG
-#else
-#define RTB_DETAIL_ALIGN_TAG RTB_DETAIL_PASTE(_a, RTB_FRAME_ALIGN)
-#endif
-#define RTB_DETAIL_NS RTB_DETAIL_CAT(v0_1_0, RTB_DETAIL_NX, RTB_PORT_ID, RTB_DETAIL_ALIGN_TAG, RTB_CONFIG_ID)
 
 namespace rtb {
 inline namespace RTB_DETAIL_NS {
@@ -5101,4 +5102,11 @@ template <> struct is_error_code_enum<::rtb::channel_errc> : true_type {};
 #undef RTB_DETAIL_RETHROW
 #undef RTB_DETAIL_NX
 #undef RTB_DETAIL_NOINLINE
+#undef RTB_DETAIL_POSIX
+#undef RTB_DETAIL_CAT_
+#undef RTB_DETAIL_CAT
+#undef RTB_DETAIL_PASTE_
+#undef RTB_DETAIL_PASTE
+#undef RTB_DETAIL_ALIGN_TAG
+#undef RTB_DETAIL_NS
 #endif  // RTB_CONCURRENCY_VERSION
