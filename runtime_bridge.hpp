@@ -127,6 +127,7 @@
 #include <cstdlib>       // abort
 #include <cstring>       // memcpy of names
 #include <exception>     // exception_ptr
+#include <limits>        // numeric_limits
 #include <memory>        // allocator_traits
 #include <new>           // placement new
 #include <optional>      // recv()
@@ -1191,20 +1192,35 @@ public:
         }
         return time_of(earliest_);
     }
+    /// A time up to which nothing is due, O(1): the earliest timer if it is known, else where its slot begins.
+    time_point nothing_before() const noexcept {
+        unsigned level = 0, digit = 0;
+        std::uint64_t start = 0;
+        if (size_ == 0) return never;
+        if (known_) return time_of(earliest_);
+        first_slot(level, digit, start);
+        return time_of((std::max)(start, base_));
+    }
     /// Removes and returns one timer that is due at `now`, in order of key, then insertion; null if there is none.
     timer_node* pop_due(time_point now_time) noexcept {
         const std::uint64_t now = key_of(now_time);
         unsigned level = 0, digit = 0;
         std::uint64_t start = 0;
         while (size_ != 0 && first_slot(level, digit, start) && start <= now) {
-            base_ = (std::max)(base_, start);
             link*& head = slots_[(level << k_bits) | digit];
             if (level == 0) {
+                base_ = (std::max)(base_, start);
                 timer_node* n = static_cast<timer_node*>(head);
                 remove(n);
+                if (head != nullptr) {  // the others of this slot have the same key
+                    earliest_ = static_cast<timer_node*>(head)->key;
+                    known_ = true;
+                }
                 return n;
             }
-            // Its time has come into reach: spread the slot over the lower levels, keeping the order.
+            // Its time has come into reach: spread the slot over the lower levels, keeping the order. The base goes as far
+            // as it can, so that equal timers, the common case of a crowd, move once.
+            base_ = (std::max)(base_, (std::min)(key_of(*earliest()), now));
             link* first = std::exchange(head, nullptr);
             occupied_[level] &= ~(std::uint64_t{1} << digit);
             first->prev->next = nullptr;
@@ -1333,6 +1349,7 @@ struct sched_core : immovable {
     frame_base* finished = nullptr;  // the root that reached its end in this step
     frame_base* current = nullptr;   // the root whose turn it is
     timer_wheel timers;
+    bool timers_left = false;  // the last look at the clock left due timers for the next
     int budget = 0;
     bool dead = false;  // destroying: own-thread spawns are refused as well
     std::size_t live = 0;
@@ -1488,11 +1505,20 @@ struct sched_core : immovable {
         if (r->linked()) r->unlink();
         r->queued = false;
     }
-    void fire_timers() noexcept {
+    // At most `most` at a time: a crowd of timers is run while its frames are still in the cache.
+    void fire_timers(std::size_t most) noexcept {
         const time_point t = now();
         coarse_ms.store(age_ms(t), std::memory_order_relaxed);
-        if (timers.empty()) return;
-        while (timer_node* n = timers.pop_due(t)) make_ready(n->target);
+        timers_left = false;
+        while (!timers.empty()) {
+            if (most-- == 0) {
+                timers_left = true;
+                return;
+            }
+            timer_node* n = timers.pop_due(t);
+            if (n == nullptr) return;
+            make_ready(n->target);
+        }
     }
     runnable* pick(list<runnable>& from) noexcept {
         if (options.shuffle_seed == 0) return from.pop_front();
@@ -1885,7 +1911,7 @@ inline void sched_core::poll_driver() noexcept {
 inline void sched_core::park(time_point limit) noexcept {
     bump<std::uint64_t>(n_parks);
     time_point until = limit;
-    if (options.time == nullptr) until = (std::min)(until, timers.earliest().value_or(never));
+    if (options.time == nullptr) until = (std::min)(until, timers.nothing_before());
     if (options.io == nullptr) {
         auto has_work = [this] { return inbox_flag.load(std::memory_order_acquire); };
         if (park_spin.wait(options.spin, until, has_work)) return;
@@ -1917,7 +1943,7 @@ inline void sched_core::park(time_point limit) noexcept {
 
 inline std::size_t sched_core::run_some(std::size_t most) {
     drain();
-    fire_timers();
+    fire_timers(64);
     std::size_t n = 0;
     while (n < most) {
         runnable* r = pick(ready);
@@ -1933,7 +1959,7 @@ inline std::size_t sched_core::run_some(std::size_t most) {
 inline std::size_t sched_core::poll() {
     poll_driver();
     drain();
-    fire_timers();
+    fire_timers((std::numeric_limits<std::size_t>::max)());
     pass.take_all(ready);
     std::size_t n = 0;
     while (!stopping()) {
@@ -1954,7 +1980,7 @@ template <class Done> bool sched_core::pump(Done done, time_point until, std::si
         if (done()) return true;
         if (stopping()) return false;
         drain();
-        fire_timers();
+        fire_timers(64);
         for (int i = 0; i < 64; ++i) {
             runnable* r = pick(ready);
             if (r == nullptr) break;
@@ -1963,7 +1989,7 @@ template <class Done> bool sched_core::pump(Done done, time_point until, std::si
             if (done()) return true;
             if (stopping()) return false;
         }
-        const bool idle_now = ready.empty() && !inbox_flag.load(std::memory_order_acquire);
+        const bool idle_now = ready.empty() && !timers_left && !inbox_flag.load(std::memory_order_acquire);
         if (idle_now || (++rounds & 15u) == 0) {
             if (until != never && clock::now() >= until) return false;
             poll_driver();
@@ -3009,30 +3035,27 @@ template <class V> void sched_core::each_task(V& visit) {
 
 class sleep_leaf {
     timer_node node_;
-    time_point until_;
-    duration for_;
+    time_point until_;  // or, if relative_, the duration since the epoch
     bool relative_;
-    sched_core* core_ = nullptr;
 
 public:
     using rtb_leaf = void;
-    explicit sleep_leaf(duration d) noexcept : until_(never), for_(d), relative_(true) {}
-    explicit sleep_leaf(time_point t) noexcept : until_(t), for_(), relative_(false) {}
-    sleep_leaf(sleep_leaf&& o) noexcept : until_(o.until_), for_(o.for_), relative_(o.relative_) {}
+    explicit sleep_leaf(duration d) noexcept : until_(d), relative_(true) {}
+    explicit sleep_leaf(time_point t) noexcept : until_(t), relative_(false) {}
+    sleep_leaf(sleep_leaf&& o) noexcept : until_(o.until_), relative_(o.relative_) {}
     ~sleep_leaf() {
-        if (node_.linked()) core_->timers.remove(&node_);
+        if (node_.linked()) node_.target->core->timers.remove(&node_);
     }
     bool ready(sched_core* c) noexcept {
         const time_point t = c->now();
-        if (relative_) until_ = deadline_after(t, for_);
+        if (relative_) until_ = deadline_after(t, until_.time_since_epoch());
         relative_ = false;
         return until_ <= t;
     }
     bool suspend(runnable* target) noexcept {
-        core_ = target->core;
-        if (ready(core_)) return false;
+        if (ready(target->core)) return false;
         node_.target = target;
-        if (until_ != never) core_->timers.insert(&node_, until_);
+        if (until_ != never) target->core->timers.insert(&node_, until_);
         return true;
     }
     void resume() const noexcept {}
@@ -3652,32 +3675,70 @@ inline void semaphore_permit::release() noexcept {
 namespace detail {
 inline constexpr duration k_thread_spin = std::chrono::microseconds(20);  // blocking channel calls have no scheduler to ask
 
+// Who frees the state: the second of the two ends to leave. The sender leaves with one step unless somebody waits; then it
+// has to come for the waiter first, under m, and sets k_left last.
+// sync: every change of `flags` is acq_rel, so seeing k_sent means seeing the value, and the one who frees sees all uses.
 template <class T> struct oneshot_state : immovable {
-    port::atomic<unsigned> refs{2};
+    static constexpr unsigned k_sent = 1, k_closed = 2, k_waiting = 4, k_left = 8, k_receiver_gone = 16;
+    port::atomic<unsigned> flags{0};
     port::mutex m;
-    runnable* waiter = nullptr;  // m
-    bool sent = false;           // m
-    bool sender_gone = false;    // m
-    bool receiver_gone = false;  // m
-    std::optional<stored<T>> value;  // the sender's until `sent`, then the receiver's
+    runnable* waiter = nullptr;      // m
+    std::optional<stored<T>> value;  // the sender's until k_sent, then the receiver's
 
-    void drop() noexcept {
-        if (refs.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+    bool over() const noexcept { return (flags.load(std::memory_order_acquire) & (k_sent | k_closed)) != 0; }
+    /// The sender's last act. False: the receiver is gone and the state is the caller's.
+    bool leave(unsigned how) noexcept {
+        unsigned f = flags.load(std::memory_order_acquire);
+        while ((f & k_waiting) == 0)
+            if (flags.compare_exchange_strong(f, f | how | k_left, std::memory_order_acq_rel, std::memory_order_acquire))
+                return (f & k_receiver_gone) == 0;
+        if ((flags.fetch_or(how, std::memory_order_acq_rel) & k_receiver_gone) != 0) return false;
+        {
+            port::unique_lock l(m);
+            if (runnable* r = std::exchange(waiter, nullptr)) wake(r);
+        }
+        // The receiver may have taken the value and gone meanwhile: delivered, but the state is left to us.
+        if ((flags.fetch_or(k_left, std::memory_order_acq_rel) & k_receiver_gone) != 0) delete this;
+        return true;
     }
-    void finish_locked() noexcept {
-        if (runnable* r = std::exchange(waiter, nullptr)) wake(r);
+    bool register_waiter(runnable* r) noexcept {
+        port::unique_lock l(m);
+        waiter = r;
+        if ((flags.fetch_or(k_waiting, std::memory_order_acq_rel) & (k_sent | k_closed)) == 0) return true;
+        waiter = nullptr;
+        return false;
+    }
+    void unregister(runnable* r) noexcept {
+        port::unique_lock l(m);
+        if (waiter != r) return;
+        waiter = nullptr;
+        flags.fetch_and(~k_waiting, std::memory_order_acq_rel);
     }
 };
 }  // namespace detail
 
 /// Fires a oneshot once, from any thread. Dropping it unsent closes the other end.
 template <class T> class oneshot_sender {
-    detail::oneshot_state<T>* s_ = nullptr;
+    using state = detail::oneshot_state<T>;
     using value = detail::stored<T>;
+    state* s_ = nullptr;
+
+    expected<void, send_error<value>> send_value(value v) {
+        if (s_ == nullptr) return rtb::unexpected(send_error<value>(channel_errc::closed, std::move(v)));
+        s_->value.emplace(std::move(v));  // may throw: nothing has happened then
+        state* s = std::exchange(s_, nullptr);
+        if (s->leave(state::k_sent)) return {};
+        std::unique_ptr<state> mine(s);
+        return rtb::unexpected(send_error<value>(channel_errc::closed, std::move(*s->value)));
+    }
+    void close() noexcept {
+        state* s = std::exchange(s_, nullptr);
+        if (s != nullptr && !s->leave(state::k_closed)) delete s;
+    }
 
 public:
     oneshot_sender() noexcept = default;
-    explicit oneshot_sender(detail::oneshot_state<T>* s) noexcept : s_(s) {}
+    explicit oneshot_sender(state* s) noexcept : s_(s) {}
     oneshot_sender(oneshot_sender&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
     oneshot_sender& operator=(oneshot_sender&& o) noexcept {
         if (this != &o) {
@@ -3687,11 +3748,11 @@ public:
         return *this;
     }
     ~oneshot_sender() { close(); }
-    /// Result    closed, with the value in it, if the receiver is gone or something was sent before.
-    expected<void, send_error<value>> send(value v = value{})
+    /// Result    `closed`, with the value in it, if the receiver is gone or something was sent before.
+    expected<void, send_error<value>> send()
         requires std::is_void_v<T>
     {
-        return send_value(std::move(v));
+        return send_value({});
     }
     expected<void, send_error<value>> send(value v)
         requires(!std::is_void_v<T>)
@@ -3700,77 +3761,29 @@ public:
     }
     /// True if nobody waits for the value any more.
     bool is_closed() const noexcept {
-        if (s_ == nullptr) return true;
-        detail::port::unique_lock l(s_->m);
-        return s_->receiver_gone;
+        return s_ == nullptr || (s_->flags.load(std::memory_order_acquire) & state::k_receiver_gone) != 0;
     }
     explicit operator bool() const noexcept { return s_ != nullptr; }
-
-private:
-    expected<void, send_error<value>> send_value(value v) {
-        if (s_ == nullptr) return rtb::unexpected(send_error<value>(channel_errc::closed, std::move(v)));
-        s_->value.emplace(std::move(v));  // may throw: nothing has happened then
-        detail::oneshot_state<T>* s = std::exchange(s_, nullptr);
-        bool gone = false;
-        {
-            detail::port::unique_lock l(s->m);
-            gone = s->receiver_gone;
-            s->sent = !gone;
-            s->finish_locked();
-        }
-        expected<void, send_error<value>> result;
-        if (gone) result = rtb::unexpected(send_error<value>(channel_errc::closed, std::move(*s->value)));
-        s->drop();
-        return result;
-    }
-    void close() noexcept {
-        detail::oneshot_state<T>* s = std::exchange(s_, nullptr);
-        if (s == nullptr) return;
-        {
-            detail::port::unique_lock l(s->m);
-            s->sender_gone = true;
-            s->finish_locked();
-        }
-        s->drop();
-    }
 };
 
 /// Receives the one value: co_await rx, wait(), wait_for(): expected<T, channel_error>; `closed` if the sender was dropped,
 /// or the value was taken before. Blocking calls on a thread that runs a scheduler: would_deadlock.
 /// Cancel    a waiter that is destroyed loses nothing: the value stays for the next call.
 template <class T> class oneshot_receiver {
-    detail::oneshot_state<T>* s_ = nullptr;
+    using state = detail::oneshot_state<T>;
     using result = expected<T, channel_error>;
+    state* s_ = nullptr;
+    bool taken_ = false;
 
+    bool has_value() const noexcept { return s_ != nullptr && !taken_ && (s_->flags.load(std::memory_order_acquire) & state::k_sent) != 0; }
+    bool is_ready() const noexcept { return s_ == nullptr || taken_ || s_->over(); }
     result take() {  // once ready
-        if (s_ == nullptr) return rtb::unexpected(channel_errc::closed);
-        bool has = false;
-        {
-            detail::port::unique_lock l(s_->m);
-            has = std::exchange(s_->sent, false);
-            s_->sender_gone = true;
-        }
-        if (!has) return rtb::unexpected(channel_errc::closed);
+        if (!has_value()) return rtb::unexpected(channel_errc::closed);
+        taken_ = true;
         if constexpr (std::is_void_v<T>)
             return {};
         else
             return result(std::in_place, std::move(*s_->value));
-    }
-    bool is_ready() const noexcept {
-        if (s_ == nullptr) return true;
-        detail::port::unique_lock l(s_->m);
-        return s_->sent || s_->sender_gone;
-    }
-    bool register_waiter(detail::runnable* r) noexcept {
-        if (s_ == nullptr) return false;
-        detail::port::unique_lock l(s_->m);
-        if (s_->sent || s_->sender_gone) return false;
-        s_->waiter = r;
-        return true;
-    }
-    void unregister(detail::runnable* r) noexcept {
-        detail::port::unique_lock l(s_->m);
-        if (s_->waiter == r) s_->waiter = nullptr;
     }
     class waiter {
         oneshot_receiver* rx_;
@@ -3781,11 +3794,11 @@ template <class T> class oneshot_receiver {
         explicit waiter(oneshot_receiver* rx) noexcept : rx_(rx) {}
         waiter(waiter&& o) noexcept : rx_(o.rx_) {}
         ~waiter() {
-            if (target_ != nullptr && rx_->s_ != nullptr) rx_->unregister(target_);
+            if (target_ != nullptr && rx_->s_ != nullptr) rx_->s_->unregister(target_);
         }
         bool ready(detail::sched_core*) const noexcept { return rx_->is_ready(); }
         bool suspend(detail::runnable* r) noexcept {
-            if (!rx_->register_waiter(r)) return false;
+            if (rx_->is_ready() || !rx_->s_->register_waiter(r)) return false;
             target_ = r;
             return true;
         }
@@ -3795,23 +3808,19 @@ template <class T> class oneshot_receiver {
         }
     };
     void drop() noexcept {
-        detail::oneshot_state<T>* s = std::exchange(s_, nullptr);
-        if (s == nullptr) return;
-        {
-            detail::port::unique_lock l(s->m);
-            s->receiver_gone = true;
-        }
-        s->drop();
+        state* s = std::exchange(s_, nullptr);
+        if (s != nullptr && (s->flags.fetch_or(state::k_receiver_gone, std::memory_order_acq_rel) & state::k_left) != 0) delete s;
     }
 
 public:
     oneshot_receiver() noexcept = default;
-    explicit oneshot_receiver(detail::oneshot_state<T>* s) noexcept : s_(s) {}
-    oneshot_receiver(oneshot_receiver&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    explicit oneshot_receiver(state* s) noexcept : s_(s) {}
+    oneshot_receiver(oneshot_receiver&& o) noexcept : s_(std::exchange(o.s_, nullptr)), taken_(o.taken_) {}
     oneshot_receiver& operator=(oneshot_receiver&& o) noexcept {
         if (this != &o) {
             drop();
             s_ = std::exchange(o.s_, nullptr);
+            taken_ = o.taken_;
         }
         return *this;
     }
@@ -3823,22 +3832,18 @@ public:
         if (is_ready()) return take();
         if (detail::current_run() != nullptr || !detail::port::has_threads) return rtb::unexpected(channel_errc::would_deadlock);
         detail::blocker b;
-        if (!register_waiter(&b)) return take();
+        if (!s_->register_waiter(&b)) return take();
         detail::spin_state spin;
         if (!b.wait(spin, detail::k_thread_spin, deadline)) {
-            unregister(&b);
+            s_->unregister(&b);
             if (!b.is_done()) return rtb::unexpected(channel_errc::timed_out);
         }
         return take();
     }
     /// The value if it is there: never waits.
     std::optional<detail::stored<T>> try_recv() {
-        if (s_ == nullptr) return std::nullopt;
-        {
-            detail::port::unique_lock l(s_->m);
-            if (!std::exchange(s_->sent, false)) return std::nullopt;
-            s_->sender_gone = true;
-        }
+        if (!has_value()) return std::nullopt;
+        taken_ = true;
         return std::move(*s_->value);
     }
 };
