@@ -88,7 +88,7 @@
 #include <type_traits>
 #include <utility>
 #include <variant>       // monostate, when_any_result
-#include <vector>        // blocking pool
+#include <vector>        // shutdown_report
 
 #ifndef RTB_ALLOC
 #define RTB_ALLOC(size) ::operator new(size)  // coroutine frames; at least 16 byte alignment; null or an exception when full
@@ -172,7 +172,7 @@ inline unsigned fork_generation() noexcept { return 0; }
 inline void watch_forks() noexcept {}
 class thread {
 public:
-    template <class F> std::error_code start(F) noexcept { return std::make_error_code(std::errc::not_supported); }
+    std::error_code start(void (*)(void*), void*) noexcept { return std::make_error_code(std::errc::not_supported); }
     bool joinable() const noexcept { return false; }
     void join() noexcept {}
     void detach() noexcept {}
@@ -240,10 +240,10 @@ class thread {
     std::thread t_;
 
 public:
-    // Runs f on a new thread, or says why the system refused one. f is not run then.
-    template <class F> std::error_code start(F f) noexcept {
+    // Runs body(arg) on a new thread, or says why the system refused one; body is not run then.
+    std::error_code start(void (*body)(void*), void* arg) noexcept {
         RTB_DETAIL_TRY {
-            t_ = std::thread(std::move(f));
+            t_ = std::thread(body, arg);
             return {};
         }
 #if RTB_DETAIL_EXCEPTIONS
@@ -259,25 +259,26 @@ public:
 #else  // std::thread reports a refusal by an exception only: without exceptions the refusal comes from pthread_create
     pthread_t t_{};
     bool joinable_ = false;
+    struct start_info {
+        void (*body)(void*);
+        void* arg;
+    };
 
 public:
     thread() = default;
     thread(const thread&) = delete;
     thread& operator=(const thread&) = delete;
-    template <class F> std::error_code start(F f) noexcept {
-        F* copy = new (std::nothrow) F(std::move(f));
-        if (copy == nullptr) return std::make_error_code(std::errc::not_enough_memory);
-        const int error = pthread_create(
-            &t_, nullptr,
-            [](void* p) -> void* {
-                F* body = static_cast<F*>(p);
-                (*body)();
-                delete body;
-                return nullptr;
-            },
-            copy);
-        if (error != 0) {
-            delete copy;
+    std::error_code start(void (*body)(void*), void* arg) noexcept {
+        start_info* info = new (std::nothrow) start_info{body, arg};
+        if (info == nullptr) return std::make_error_code(std::errc::not_enough_memory);
+        const auto entry = [](void* p) -> void* {
+            const start_info i = *static_cast<start_info*>(p);
+            delete static_cast<start_info*>(p);
+            i.body(i.arg);
+            return nullptr;
+        };
+        if (const int error = pthread_create(&t_, nullptr, entry, info); error != 0) {
+            delete info;
             return std::error_code(error, std::generic_category());
         }
         joinable_ = true;
@@ -3109,7 +3110,7 @@ struct worker : immovable {
         port::watch_forks();
         core()->fork_mark = port::fork_generation();
         core()->on_worker = true;
-        return thread.start([this] { main(); });
+        return thread.start([](void* self) { static_cast<worker*>(self)->main(); }, this);
     }
     void main() {
         port::name_this_thread(core()->options.name.c_str());
@@ -3677,8 +3678,9 @@ template <class T> class oneshot_sender {
         s_->value.emplace(std::move(v));  // may throw: nothing has happened then
         state* s = std::exchange(s_, nullptr);
         if (s->leave(state::k_sent)) return {};
-        std::unique_ptr<state> mine(s);
-        return rtb::unexpected(send_error<value>(channel_errc::closed, std::move(*s->value)));
+        send_error<value> refused(channel_errc::closed, std::move(*s->value));
+        delete s;
+        return rtb::unexpected(std::move(refused));
     }
     void close() noexcept {
         state* s = std::exchange(s_, nullptr);
@@ -3822,7 +3824,7 @@ template <class T> struct channel_state : immovable {
     port::atomic<unsigned> refs{2};
     port::atomic<unsigned> senders{1};
     const std::size_t capacity;
-    std::unique_ptr<slot[]> ring;
+    slot* const ring;  // owned
 
     port::mutex m;
     std::size_t head = 0;      // m
@@ -3836,7 +3838,10 @@ template <class T> struct channel_state : immovable {
     port::atomic<std::size_t> hint{0};  // == used, written under m. sync: acquire by the receiver, the only one that takes
 
     explicit channel_state(std::size_t n) : capacity(n), ring(new slot[n]) {}
-    ~channel_state() { destroy_values(head, used); }
+    ~channel_state() {
+        destroy_values(head, used);
+        delete[] ring;
+    }
     void destroy_values(std::size_t at, std::size_t n) noexcept {
         for (; n != 0; --n) {
             std::destroy_at(std::addressof(ring[at].value));
@@ -4920,24 +4925,29 @@ struct blocking_pool : immovable {
     list<blocking_job> jobs;  // m
     std::size_t idle = 0;     // m
     bool ending = false;      // m
-    std::vector<std::unique_ptr<port::thread>> threads;  // loop
+    struct pool_thread : link {
+        port::thread t;
+    };
+    list<pool_thread> threads;  // loop
+    std::size_t count = 0;      // loop
 
     bool submit(blocking_job* job, std::size_t limit) {
         bool start = false;
         {
             port::unique_lock l(m);
             jobs.push_back(job);
-            start = idle == 0 && threads.size() < limit;
+            start = idle == 0 && count < limit;
             if (!start) cv.notify_one();
         }
         if (!start) return true;
-        auto t = std::make_unique<port::thread>();
-        threads.reserve(threads.size() + 1);
-        if (!t->start([this] { work(); })) {
-            threads.push_back(std::move(t));
+        pool_thread* t = new (std::nothrow) pool_thread;
+        if (t != nullptr && !t->t.start([](void* self) { static_cast<blocking_pool*>(self)->work(); }, this)) {
+            threads.push_back(t);
+            ++count;
             return true;
         }
-        if (!threads.empty()) return true;  // the others will come to it
+        delete t;
+        if (count != 0) return true;  // the others will come to it
         port::unique_lock l(m);
         job->unlink();
         return false;
@@ -4974,7 +4984,10 @@ struct blocking_pool : immovable {
             while (blocking_job* job = jobs.pop_front()) job->drop();  // not begun, and nobody waits any more
             cv.notify_all();
         }
-        for (auto& t : threads) t->join();
+        while (pool_thread* t = threads.pop_front()) {
+            t->t.join();
+            delete t;
+        }
     }
 };
 inline void sched_core::end_pool() noexcept {
