@@ -551,6 +551,8 @@ template <class T, class E> class expected {
     static_assert(!std::is_reference_v<E> && !std::is_void_v<E>, "the error of an expected is an object type");
     using store = detail::stored<T>;
     static constexpr bool k_plain = !std::is_void_v<T> && !std::is_reference_v<T>;
+    template <class U, class G>
+    static constexpr bool k_converts_from = k_plain && std::is_constructible_v<store, U> && std::is_constructible_v<E, G>;
     union {
         store val_;
         E err_;
@@ -598,20 +600,35 @@ template <class T, class E> class expected {
             err_ = std::forward<O>(other).err_;
         } else if (other.has_) {
             store fresh(std::forward<O>(other).val_);  // may throw: before anything is lost
-            E old(std::move(err_));
-            err_.~E();
-            has_ = true;
-            RTB_DETAIL_TRY { std::construct_at(std::addressof(val_), std::move(fresh)); }
-            RTB_DETAIL_CATCH_ALL {
-                std::construct_at(std::addressof(err_), std::move(old));
-                has_ = false;
-                RTB_DETAIL_RETHROW;
+            if constexpr (std::is_nothrow_move_constructible_v<store>) {
+                err_.~E();
+                std::construct_at(std::addressof(val_), std::move(fresh));
+            } else {
+                E old(std::move(err_));
+                err_.~E();
+                RTB_DETAIL_TRY { std::construct_at(std::addressof(val_), std::move(fresh)); }
+                RTB_DETAIL_CATCH_ALL {
+                    std::construct_at(std::addressof(err_), std::move(old));
+                    RTB_DETAIL_RETHROW;
+                }
             }
+            has_ = true;
         } else {
             E fresh(std::forward<O>(other).err_);
-            val_.~store();
-            has_ = false;
-            std::construct_at(std::addressof(err_), std::move(fresh));
+            if constexpr (std::is_nothrow_move_constructible_v<E>) {
+                val_.~store();
+                std::construct_at(std::addressof(err_), std::move(fresh));
+                has_ = false;
+            } else {
+                store old(std::move(val_));
+                val_.~store();
+                RTB_DETAIL_TRY { std::construct_at(std::addressof(err_), std::move(fresh)); }
+                RTB_DETAIL_CATCH_ALL {
+                    std::construct_at(std::addressof(val_), std::move(old));
+                    RTB_DETAIL_RETHROW;
+                }
+                has_ = false;
+            }
         }
     }
     template <class Self, class F> static constexpr decltype(auto) call_with_value(Self&& self, F&& f) {
@@ -684,9 +701,19 @@ public:
         requires std::is_void_v<T>
         : val_(), has_(true) {}
     template <class U, class G>
-        requires(!std::is_same_v<expected<U, G>, expected> && k_plain && std::is_constructible_v<store, U> && std::is_constructible_v<E, G>)
+        requires(!std::is_same_v<expected<U, G>, expected> && k_converts_from<const U&, const G&>)
+    constexpr explicit(!std::is_convertible_v<const U&, store> || !std::is_convertible_v<const G&, E>) expected(const expected<U, G>& o) {
+        construct_from(o);
+    }
+    template <class U, class G>
+        requires(!std::is_same_v<expected<U, G>, expected> && k_converts_from<U, G>)
     constexpr explicit(!std::is_convertible_v<U, store> || !std::is_convertible_v<G, E>) expected(expected<U, G>&& o) {
         construct_from(std::move(o));
+    }
+    template <class G>
+        requires(!std::is_same_v<expected<void, G>, expected> && std::is_void_v<T> && std::is_constructible_v<E, const G&>)
+    constexpr explicit(!std::is_convertible_v<const G&, E>) expected(const expected<void, G>& o) {
+        construct_from(o);
     }
     template <class G>
         requires(!std::is_same_v<expected<void, G>, expected> && std::is_void_v<T> && std::is_constructible_v<E, G>)
@@ -1376,7 +1403,7 @@ struct sched_core : immovable {
     // -- any thread --
     spin_state park_spin, wait_spin;
     port::atomic<std::uint64_t> n_resumed{0}, n_spawned{0}, n_completed{0}, n_failed{0}, n_cancelled{0}, n_unhandled{0}, n_stalls{0},
-        n_parks{0}, n_spawned_outside{0};
+        n_parks{0}, n_spawned_outside{0}, n_timed_out{0};
     port::atomic<std::uint32_t> coarse_ms{0};  // the age of the core at the last look at the clock
     port::atomic<std::size_t> n_live{0};
     struct {  // the task whose turn it is; written by the loop under a sequence counter, read by watchers
@@ -1401,6 +1428,8 @@ struct sched_core : immovable {
     }
     time_point now() const noexcept { return options.time != nullptr ? options.time->now() : clock::now(); }
     bool forked() const noexcept { return fork_mark != port::fork_generation(); }
+    /// In a forked child the worker does not exist, and the parent's threads may have held any of its locks.
+    bool out_of_reach() const noexcept { return on_worker && forked(); }
     std::uint32_t age_ms(time_point t) const noexcept {
         return static_cast<std::uint32_t>(std::chrono::duration_cast<std::chrono::milliseconds>(t - made).count());
     }
@@ -1437,6 +1466,7 @@ struct sched_core : immovable {
         wake_loop_locked();
     }
     void request_stop() noexcept {
+        if (out_of_reach()) return;
         port::unique_lock l(m);
         stop_flag.store(true, std::memory_order_release);
         closed = true;
@@ -1450,6 +1480,7 @@ struct sched_core : immovable {
             make_ready(r);
             return true;
         }
+        if (out_of_reach()) return false;
         port::unique_lock l(m);
         if (closed) return false;
         if (r->is_root) ++inbox_spawned;
@@ -1576,6 +1607,12 @@ struct sched_core : immovable {
     void close() noexcept;  // by the owner, or by the worker's thread at its end; idempotent
     template <class V> void each_task(V& visit);
     static void count_spawn(sched_core* c) noexcept;
+};
+
+struct core_ref : immovable {  // gives a reference back
+    sched_core* c;
+    explicit core_ref(sched_core* core) noexcept : c(core) {}
+    ~core_ref() { c->drop_ref(); }
 };
 
 inline void wake(runnable* r) noexcept {
@@ -1752,6 +1789,7 @@ inline void sched_core::dispose(frame_base* root) noexcept {
 }
 
 inline void sched_core::request_cancel(frame_base* root) noexcept {
+    if (out_of_reach()) return;
     const unsigned s = root->state.fetch_or(frame_base::k_cancel, std::memory_order_acq_rel);
     if ((s & (frame_base::k_cancel | frame_base::k_done)) != 0) return;
     if (current_core() == this) {
@@ -2111,29 +2149,6 @@ inline sched_core* current_leader() noexcept {
     sched_core* leader = nullptr;
     for (const run_frame* r = current_run(); r != nullptr; r = r->outer) leader = r->core;
     return leader;
-}
-
-/// Waits for an answer of c. The caller has registered b already and, unless the result is `done`, unregisters it.
-/// Inside a run of c: would_deadlock. On the home thread of a scheduler that nobody runs: runs it. Else: blocks.
-inline wait_end wait_for_answer(sched_core* c, blocker& b, time_point until) {
-    if (b.is_done()) return wait_end::done;
-    if (runs_here(c)) return wait_end::would_deadlock;
-    if (!c->on_worker && c->home.load(std::memory_order_relaxed) == port::this_thread_id()) {
-        run_scope scope(c);
-        if (scope) {
-            std::size_t steps = 0;
-            if (c->pump([&b] { return b.is_done(); }, until, steps)) return wait_end::done;
-            if (b.is_done()) return wait_end::done;
-            return until != never && clock::now() >= until ? wait_end::timed_out : wait_end::would_deadlock;
-        }
-    }
-    if (sched_core* leader = current_leader()) {
-        if (b.edge_of == nullptr && !publish_edge(leader, c, until)) return wait_end::would_deadlock;
-        const bool answered = b.wait(c->wait_spin, c->options.spin, until);
-        clear_edge(leader);
-        return answered ? wait_end::done : wait_end::timed_out;
-    }
-    return b.wait(c->wait_spin, c->options.spin, until) ? wait_end::done : wait_end::timed_out;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2683,6 +2698,39 @@ inline void unregister_joiner(frame_base* f, runnable* r) noexcept {
 }
 }  // namespace detail
 
+namespace detail {
+/// Waits until a root is over. Inside a run of its scheduler: would_deadlock. On the home thread of a scheduler that nobody
+/// runs: runs it. Else: blocks.
+inline wait_end wait_for_root(frame_base* f, time_point until) {
+    sched_core* const c = f->core;
+    if (runs_here(c)) return wait_end::would_deadlock;
+    blocker b;
+    const auto give_up = [&](wait_end why) {
+        unregister_joiner(f, &b);
+        return b.is_done() ? wait_end::done : why;
+    };
+    if (!c->on_worker && c->home.load(std::memory_order_relaxed) == port::this_thread_id()) {
+        run_scope scope(c);
+        if (scope) {
+            std::size_t steps = 0;
+            if (!register_joiner(f, &b) || c->pump([&b] { return b.is_done(); }, until, steps)) return wait_end::done;
+            return give_up(until != never && clock::now() >= until ? wait_end::timed_out : wait_end::would_deadlock);
+        }
+    }
+    sched_core* const leader = current_leader();
+    if (leader != nullptr && !publish_edge(leader, c, until)) return wait_end::would_deadlock;
+    b.edge_of = leader;
+    if (!register_joiner(f, &b)) {
+        if (leader != nullptr) clear_edge(leader);
+        return wait_end::done;
+    }
+    if (b.wait(c->wait_spin, c->options.spin, until)) return wait_end::done;
+    const wait_end end = give_up(wait_end::timed_out);
+    if (end != wait_end::done && leader != nullptr) clear_edge(leader);
+    return end;
+}
+}  // namespace detail
+
 /// The other end of a spawned task. Yields the result once; dropping it detaches the task.
 ///
 /// Result    co_await handle, wait(), wait_for(): expected<T, join_error>: the value, `cancelled` (destroyed before its end),
@@ -2729,6 +2777,7 @@ template <class T> class join_handle {
     }
     expected<T, join_error> take() {  // precondition: done
         using slot = detail::result_slot<T>;
+        if (f_ != nullptr && f_->core->out_of_reach()) f_ = nullptr;  // left alone: its frame may be half-way through a step
         if (f_ == nullptr) return rtb::unexpected(taken_ ? join_errc::already_taken : join_errc::cancelled);
         static_cast<void>(f_->state.load(std::memory_order_acquire));  // sync: pairs with publish(): the result is visible
         taken_ = true;
@@ -2764,7 +2813,9 @@ public:
     ~join_handle() { drop(); }
 
     /// True once the task is over: its frame is destroyed and the result, if any, can be taken without waiting.
-    bool done() const noexcept { return f_ == nullptr || (f_->state.load(std::memory_order_acquire) & detail::frame_base::k_done) != 0; }
+    bool done() const noexcept {
+        return f_ == nullptr || (f_->state.load(std::memory_order_acquire) & detail::frame_base::k_done) != 0 || f_->core->out_of_reach();
+    }
     /// Destroys the task at its next suspension point. Thread-safe, idempotent, never waits; a finished task keeps its result.
     void cancel() noexcept {
         if (f_ != nullptr) f_->core->request_cancel(f_);
@@ -2775,15 +2826,9 @@ public:
     expected<T, join_error> wait_for(duration d) { return wait_until(detail::deadline_after(clock::now(), d)); }
     expected<T, join_error> wait_until(time_point deadline) {
         if (done()) return take();
-        if (f_->core->on_worker && f_->core->forked()) return rtb::unexpected(join_errc::cancelled);
-        detail::blocker b;
-        if (!detail::register_joiner(f_, &b)) return take();
-        const detail::wait_end end = detail::wait_for_answer(f_->core, b, deadline);
-        if (end != detail::wait_end::done) {
-            detail::unregister_joiner(f_, &b);
-            if (!b.is_done())
-                return rtb::unexpected(end == detail::wait_end::timed_out ? join_errc::timed_out : join_errc::would_deadlock);
-        }
+        const detail::wait_end end = detail::wait_for_root(f_, deadline);
+        if (end == detail::wait_end::timed_out) return rtb::unexpected(join_errc::timed_out);
+        if (end == detail::wait_end::would_deadlock) return rtb::unexpected(join_errc::would_deadlock);
         return take();
     }
     waiter rtb_wait() noexcept { return waiter(this); }
@@ -2953,6 +2998,31 @@ public:
         if (scope) core_->each_task(visit);
     }
 };
+
+inline std::size_t manual_clock::run_until_idle() {
+    std::size_t total = 0;
+    for (;;) {
+        std::size_t steps = 0;
+        for (std::size_t i = 0;; ++i) {
+            detail::sched_core* s = nullptr;
+            {
+                detail::port::unique_lock l(m_);
+                s = cores_;
+                for (std::size_t k = 0; k < i && s != nullptr; ++k) s = s->clock_next;
+                if (s == nullptr) break;
+                s->add_ref();
+            }
+            const detail::core_ref keep(s);
+            if (s->on_worker || s->home.load(std::memory_order_relaxed) != detail::port::this_thread_id() || s->stopping()) continue;
+            detail::run_scope scope(s);
+            if (!scope) continue;
+            s->poll_driver();
+            steps += s->run_some(64);
+        }
+        total += steps;
+        if (steps == 0 && try_jump(nullptr) != jump::moved) return total;
+    }
+}
 
 namespace detail {
 inline void sched_core::count_spawn(sched_core* c) noexcept {
@@ -3177,17 +3247,28 @@ struct worker : immovable {
                 w->drop_ref();
             }
         } at_end{this};
-        RTB_DETAIL_TRY {
-            if (on_start) on_start();
-        }
-        RTB_DETAIL_CATCH_ALL {
-            if (!std::current_exception()) RTB_DETAIL_RETHROW;
-            log(log_level::error, "on_thread_start threw");
+        {
+            const run_scope here(core());  // a blocking call of this scheduler from the hook is would_deadlock as well
+            RTB_DETAIL_TRY {
+                if (on_start) on_start();
+            }
+            RTB_DETAIL_CATCH_ALL {
+                if (!std::current_exception()) RTB_DETAIL_RETHROW;
+                log(log_level::error, "on_thread_start threw");
+            }
         }
         sched.run();
     }
     void drop_ref() noexcept {
         if (refs.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
+    }
+    /// Nobody will join: the thread ends by itself when it can.
+    void abandon() noexcept {
+        {
+            port::unique_lock l(m);
+            if (std::exchange(joining, true)) return;
+        }
+        thread.detach();
     }
     /// Ends the thread's life from the owner's side: joins, or detaches on the thread itself. Idempotent, from any thread.
     void join() noexcept {
@@ -3252,8 +3333,11 @@ struct cancel_state : immovable {
     cancel_state* parent = nullptr;      // fixed; a reference
     cancel_node in_parent;               // parent->m
     cancel_state* todo_next = nullptr;   // the canceller that took in_parent out of the parent's list
-    void* extra = nullptr;               // m: what ties it to a std::stop_token
-    void (*drop_extra)(void*) = nullptr;
+    // What ties it to std::stop_tokens: the one it was made from, and one relay for all that were made from it.
+    void* tie = nullptr;  // fixed
+    void (*drop_tie)(void*) = nullptr;
+    cancel_node* relay = nullptr;  // m
+    void (*drop_relay)(cancel_node*) = nullptr;
 
     void add_ref() noexcept { refs.fetch_add(1, std::memory_order_relaxed); }
     bool try_ref() noexcept {
@@ -3269,7 +3353,11 @@ struct cancel_state : immovable {
                 port::unique_lock l(parent->m);
                 if (s->in_parent.linked()) s->in_parent.unlink();
             }
-            if (s->drop_extra != nullptr) s->drop_extra(s->extra);
+            if (s->drop_tie != nullptr) s->drop_tie(s->tie);
+            if (s->relay != nullptr) {
+                if (s->relay->linked()) s->relay->unlink();
+                s->drop_relay(s->relay);
+            }
             delete s;
             s = parent;
         }
@@ -3444,37 +3532,38 @@ public:
             detail::cancel_state::cancel(state);
             detail::cancel_state::drop(state);
         };
-        using tie = std::stop_callback<decltype(on_stop)>;
-        tie* t = new tie(std::move(stop), on_stop);
-        s_->extra = t;
-        s_->drop_extra = [](void* p) { delete static_cast<tie*>(p); };
+        using callback = std::stop_callback<decltype(on_stop)>;
+        s_->drop_tie = [](void* p) { delete static_cast<callback*>(p); };
+        s_->tie = new callback(std::move(stop), on_stop);
     }
-    /// A stop_token that is requested when this is cancelled. Tied for as long as the token's state lives.
+    /// A stop_token that is requested when this is cancelled, as long as this token's state lives. Allocates once per state.
     operator std::stop_token() const {
-        std::stop_source source;
         struct relay : detail::cancel_node {
             std::stop_source source;
-            void* more = nullptr;
-            void (*drop_more)(void*) = nullptr;
         };
+        const auto existing = [this] {
+            detail::port::unique_lock l(s_->m);
+            return s_->relay != nullptr ? static_cast<relay*>(s_->relay)->source.get_token() : std::stop_token();
+        };
+        if (std::stop_token t = existing(); t.stop_possible()) return t;
         auto* r = new relay;
-        r->source = source;
         r->kind = detail::cancel_node::callback;
         r->fire = [](detail::cancel_node* n) { static_cast<relay*>(n)->source.request_stop(); };
-        bool now = false;
+        std::stop_source source = r->source;
+        bool mine = false, now = false;
         {
             detail::port::unique_lock l(s_->m);
-            r->more = s_->extra;
-            r->drop_more = s_->drop_extra;
-            s_->extra = r;
-            s_->drop_extra = [](void* p) {
-                relay* gone = static_cast<relay*>(p);
-                if (gone->drop_more != nullptr) gone->drop_more(gone->more);
-                if (gone->linked()) gone->unlink();
-                delete gone;
-            };
+            mine = s_->relay == nullptr;
             now = is_cancelled();
-            if (!now) s_->nodes.push_back(r);
+            if (mine) {
+                s_->relay = r;
+                s_->drop_relay = [](detail::cancel_node* n) { delete static_cast<relay*>(n); };
+                if (!now) s_->nodes.push_back(r);
+            }
+        }
+        if (!mine) {  // somebody else was faster
+            delete r;
+            return existing();
         }
         if (now) source.request_stop();
         return source.get_token();
@@ -5223,7 +5312,6 @@ inline constexpr time_point never = detail::never;
 class runtime_bridge {
     struct state : detail::immovable {
         detail::worker* w;
-        detail::port::atomic<std::uint64_t> timed_out{0};
         explicit state(detail::worker* worker) noexcept : w(worker) {}
         detail::sched_core* core() const noexcept { return w->core(); }
     };
@@ -5255,8 +5343,13 @@ class runtime_bridge {
         state* s = s_;
         if (s == nullptr) return;
         if (!s->core()->forked()) {
-            shutdown(shutdown_mode::drain);
-            s->w->join();
+            // Stuck without a deadline: the worker is in a step that waits for this very thread.
+            if (!shutdown(shutdown_mode::drain).stuck.empty()) {
+                detail::log(log_level::error, "a bridge was destroyed while its worker waits for the destroying thread; detached");
+                s->w->abandon();
+            } else {
+                s->w->join();
+            }
             s->w->drop_ref();
             delete s;
         }  // else leaked on purpose: it belongs to a process that is not this one
@@ -5274,6 +5367,7 @@ class runtime_bridge {
             if (look == until && clock::now() >= until) return false;
         }
     }
+    // After submit() nothing of *this is used: the bridge may be moved or destroyed while the call waits for its answer.
     template <class T> expected<T, bridge_error> request(task<T> t, time_point until, const char* file, unsigned line) {
         detail::sched_core* const c = s_->core();
         detail::frame_base* f = detail::make_root(c, std::move(t), {}, file, line);
@@ -5300,15 +5394,17 @@ class runtime_bridge {
             detail::unregister_joiner(f, &b);
             if (!b.is_done()) {
                 if (leader != nullptr) detail::clear_edge(leader);
-                s_->timed_out.fetch_add(1, std::memory_order_relaxed);
+                c->n_timed_out.fetch_add(1, std::memory_order_relaxed);
                 handle.cancel();
                 return rtb::unexpected(bridge_errc::timed_out);
             }
         }
+        c->add_ref();  // take() gives the block back, and with it perhaps the last reference
+        const detail::core_ref keep(c);
         expected<T, join_error> r = detail::handle_access::take(handle);
         if (!r) {
             if (r.error() == join_errc::cancelled && until != never && clock::now() >= until) {  // it was too late to start
-                s_->timed_out.fetch_add(1, std::memory_order_relaxed);
+                c->n_timed_out.fetch_add(1, std::memory_order_relaxed);
                 return rtb::unexpected(bridge_errc::timed_out);
             }
             return rtb::unexpected(from(std::move(r).error()));
@@ -5371,7 +5467,7 @@ public:
                       "a call with a deadline owns its argument: pass an rvalue, or a callable");
         if (const auto no = refusal()) return rtb::unexpected(*no);
         if (deadline != never && deadline <= clock::now()) {
-            s_->timed_out.fetch_add(1, std::memory_order_relaxed);
+            s_->core()->n_timed_out.fetch_add(1, std::memory_order_relaxed);
             return rtb::unexpected(bridge_errc::timed_out);
         }
         return request(detail::as_task<false>(std::forward<A>(a)), deadline, file, line);
@@ -5400,7 +5496,7 @@ public:
         if (s_ == nullptr) return b;
         const scheduler_stats s = s_->w->sched.stats();
         b.completed = s.completed, b.failed = s.failed, b.cancelled = s.cancelled, b.requests = s.spawned;
-        b.timed_out = s_->timed_out.load(std::memory_order_relaxed);
+        b.timed_out = s_->core()->n_timed_out.load(std::memory_order_relaxed);
         const std::uint64_t over = b.completed + b.failed + b.cancelled;
         b.in_flight = b.requests > over ? b.requests - over : 0;
         return b;
@@ -5423,7 +5519,16 @@ public:
             c->wake_loop_locked();
         }
         if (detail::runs_here(c)) return report;
-        const bool over = await_end(deadline);
+        detail::sched_core* const leader = detail::current_leader();
+        bool over = false;
+        if (leader == nullptr) {
+            over = await_end(deadline);
+        } else if (detail::publish_edge(leader, c, deadline)) {
+            over = await_end(deadline);
+            detail::clear_edge(leader);
+        } else {  // it waits for us: nothing but an answer of ours, which we can't give here, would end its step
+            c->request_stop();
+        }
         const scheduler_stats after = s_->w->sched.stats();
         report.finished = static_cast<std::size_t>(after.completed + after.failed - before.completed - before.failed);
         report.cancelled = static_cast<std::size_t>(after.cancelled - before.cancelled);
