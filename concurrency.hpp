@@ -2399,16 +2399,15 @@ template <class A> auto make_awaiter(A&& a, frame_base* f);  // foreign awaitabl
 
 template <class T> struct promise_base : frame_memory<T> {
     frame_base* base() noexcept {
-        return reinterpret_cast<frame_base*>(std::coroutine_handle<promise<T>>::from_promise(static_cast<promise<T>&>(*this)).address()) - 1;
-    }
-    task<T> get_return_object() noexcept {
-        frame_base* f = base();
+        void* frame = std::coroutine_handle<promise<T>>::from_promise(static_cast<promise<T>&>(*this)).address();
 #if defined(__GNUC__) || defined(__clang__)
-        // Keeps clang from eliding the allocation (HALO): everything here relies on the block in front of the frame.
-        asm volatile("" : "+r"(f) : : "memory");
+        // Hides where the pointer comes from. Before clang splits a coroutine, its promise is a small local object, and what is
+        // in front of it looks out of bounds; and clang may not elide the allocation (HALO) of a frame that it can't follow.
+        asm("" : "+r"(frame));
 #endif
-        return task<T>(f);
+        return static_cast<frame_base*>(frame) - 1;
     }
+    task<T> get_return_object() noexcept { return task<T>(base()); }
     std::suspend_always initial_suspend() const noexcept { return {}; }
     final_awaiter final_suspend() const noexcept { return {}; }
     void unhandled_exception() {

@@ -2450,16 +2450,15 @@ template <class A> auto make_awaiter(A&& a, frame_base* f);  // foreign awaitabl
 
 template <class T> struct promise_base : frame_memory<T> {
     frame_base* base() noexcept {
-        return reinterpret_cast<frame_base*>(std::coroutine_handle<promise<T>>::from_promise(static_cast<promise<T>&>(*this)).address()) - 1;
-    }
-    task<T> get_return_object() noexcept {
-        frame_base* f = base();
+        void* frame = std::coroutine_handle<promise<T>>::from_promise(static_cast<promise<T>&>(*this)).address();
 #if defined(__GNUC__) || defined(__clang__)
-        // Keeps clang from eliding the allocation (HALO): everything here relies on the block in front of the frame.
-        asm volatile("" : "+r"(f) : : "memory");
+        // Hides where the pointer comes from. Before clang splits a coroutine, its promise is a small local object, and what is
+        // in front of it looks out of bounds; and clang may not elide the allocation (HALO) of a frame that it can't follow.
+        asm("" : "+r"(frame));
 #endif
-        return task<T>(f);
+        return static_cast<frame_base*>(frame) - 1;
     }
+    task<T> get_return_object() noexcept { return task<T>(base()); }
     std::suspend_always initial_suspend() const noexcept { return {}; }
     final_awaiter final_suspend() const noexcept { return {}; }
     void unhandled_exception() {
@@ -5317,7 +5316,11 @@ class runtime_bridge {
     };
     state* s_ = nullptr;
 
-    explicit runtime_bridge(state* s) noexcept : s_(s) {}
+    struct adopt {  // no braces turn into this
+        state* s;
+        explicit adopt(state* from) noexcept : s(from) {}
+    };
+    explicit runtime_bridge(adopt a) noexcept : s_(a.s) {}
     static std::error_code open(runtime_bridge_options&& o, state*& out) {
         o.scheduler.name = std::move(o.thread_name);
         detail::worker* w = new detail::worker(std::move(o.scheduler), std::move(o.on_thread_start));
@@ -5427,7 +5430,7 @@ public:
         if (const std::error_code e = open(std::move(options), s_))
             RTB_DETAIL_THROW(std::system_error(e, "rtb::runtime_bridge"), "the system refused a thread");
     }
-    /// The rest by default. A template, so that braces mean options: g++ 12.2 calls a std::string overload ambiguous.
+    /// With a thread name. A template, so that braces mean options: g++ 12.2 calls a std::string overload ambiguous.
     template <class S>
         requires std::is_convertible_v<const S&, std::string_view>
     explicit runtime_bridge(const S& thread_name) : runtime_bridge(named(thread_name)) {}
@@ -5447,7 +5450,7 @@ public:
         state* s = nullptr;
         RTB_DETAIL_TRY {
             if (const std::error_code e = open(std::move(options), s)) return rtb::unexpected(e);
-            return runtime_bridge(s);
+            return runtime_bridge(adopt(s));
         }
         RTB_DETAIL_CATCH_ALL { return rtb::unexpected(std::make_error_code(std::errc::not_enough_memory)); }
     }
