@@ -37,8 +37,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define RTB_DETAIL_NOINLINE __attribute__((noinline))
+#define RTB_DETAIL_ALWAYS_INLINE __attribute__((always_inline))
 #else
 #define RTB_DETAIL_NOINLINE
+#define RTB_DETAIL_ALWAYS_INLINE
 #endif
 
 #ifndef RTB_FRAME_ALIGN
@@ -1002,7 +1004,7 @@ enum outcome : unsigned char { has_nothing, has_value, has_error };
 // One block per task: [slack][result][frame_base][coroutine frame]. The frame starts at this + 1 and is aligned to
 // RTB_FRAME_ALIGN. A child's block goes with its frame. The block of a root (spawned, or an arm of a combinator) outlives
 // the frame: it goes with the last of scheduler and handle.
-struct frame_base : runnable {
+struct alignas(16) frame_base : runnable {
     // For the one who owns the frame: the creator until it is submitted, then the loop. (First: they fit into padding.)
     unsigned char has : 2;  // an outcome
     bool started : 1;
@@ -1280,7 +1282,8 @@ public:
         port::unique_lock l(m_);
         int expected_state = waiting;
         // sync: acquire on failure pairs with the release in set(): the result is visible.
-        if (!state_.compare_exchange_strong(expected_state, parked, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+        if (!state_.compare_exchange_strong(expected_state, parked, std::memory_order_acq_rel, std::memory_order_acquire) && expected_state == done)
+            return true;  // parked already: an earlier wait() ran out of time
         while (!woken_) {
             if (until == never) {
                 cv_.wait(l);
@@ -2270,7 +2273,7 @@ template <class T> struct frame_memory {
         if (start == nullptr) RTB_DETAIL_THROW(std::bad_alloc(), "out of memory for a coroutine frame");
         return lay_out(start, 0, &release_block<T, default_free>);
     }
-    template <class Alloc, class... Args> static void* with_allocator(std::size_t size, const Alloc& a) {
+    template <class Alloc> static void* with_allocator(std::size_t size, const Alloc& a) {
         using how = allocator_free<Alloc>;
         using units = typename how::units;
         constexpr std::size_t extra = (sizeof(typename how::header) + 15) & ~std::size_t{15};
@@ -2280,11 +2283,14 @@ template <class T> struct frame_memory {
         ::new (start) typename how::header{std::move(alloc), count};
         return lay_out(start, extra, &release_block<T, how>);
     }
-    template <class Alloc, class... Args> static void* operator new(std::size_t size, std::allocator_arg_t, const Alloc& a, const Args&...) {
+    // always_inline: g++ 12 compares the call of a template operator new with that of the plain operator delete, in the user's
+    // coroutine, and warns about a mismatch (-Wmismatched-new-delete).
+    template <class Alloc, class... Args>
+    RTB_DETAIL_ALWAYS_INLINE static inline void* operator new(std::size_t size, std::allocator_arg_t, const Alloc& a, const Args&...) {
         return with_allocator(size, a);
     }
     template <class This, class Alloc, class... Args>
-    static void* operator new(std::size_t size, const This&, std::allocator_arg_t, const Alloc& a, const Args&...) {
+    RTB_DETAIL_ALWAYS_INLINE static inline void* operator new(std::size_t size, const This&, std::allocator_arg_t, const Alloc& a, const Args&...) {
         return with_allocator(size, a);
     }
     static void operator delete(void* frame) noexcept {
