@@ -1012,8 +1012,8 @@ struct alignas(16) frame_base : runnable {
     bool keep_block : 1;    // root: operator delete leaves the block alone
     bool name_is_long : 1;
     bool has_deadline : 1;  // not to be started after start_deadline()
+    bool is_chain : 1;      // a root: a spawned task or an arm; the frames that it awaits belong to its chain
 
-    frame_base* chain = nullptr;  // root of the chain of awaiting frames; `this` in a root
     union {
         frame_base* up = nullptr;  // child: the frame that awaits it
         runnable* joiner;          // root: who waits for the result (core->join_m)
@@ -1022,7 +1022,11 @@ struct alignas(16) frame_base : runnable {
         frame_base** owner = nullptr;  // child: the pointer in the task object that owns it, told before the frame goes
         completion_hook* hook;         // root
     };
-    frame_base* leaf = nullptr;  // root: the innermost frame, the one to resume (loop)
+    union {
+        frame_base* leaf = nullptr;  // root: the innermost frame of its chain, the one to resume (loop)
+        frame_base* root;            // child: where its chain begins
+    };
+    std::uint64_t call = 0;  // root: the intercepted call that the chain works for, see current_call(); 0: none
     // With a pointer: copies the error out of the result. Without: destroys the result and frees the block.
     void (*release)(frame_base*, std::exception_ptr*) noexcept = nullptr;
     port::atomic<unsigned> state{0};                  // root: bits below
@@ -1034,7 +1038,7 @@ struct alignas(16) frame_base : runnable {
         char short_name[16];
         char* long_name;
     };
-    frame_base() noexcept : has(has_nothing), started(false), done(false), keep_block(false), name_is_long(false), has_deadline(false), short_name{} {}
+    frame_base() noexcept : has(has_nothing), started(false), done(false), keep_block(false), name_is_long(false), has_deadline(false), is_chain(false), short_name{} {}
 
     // state bits. sync: every change is acq_rel, so whoever sees k_done sees the result, and whoever frees the block sees
     // every use of it.
@@ -1050,6 +1054,7 @@ struct alignas(16) frame_base : runnable {
         std::memcpy(&t, reinterpret_cast<const char*>(this) - sizeof t, sizeof t);
         return t;
     }
+    frame_base* chain() noexcept { return is_chain ? this : root; }
     std::coroutine_handle<> handle() noexcept { return std::coroutine_handle<>::from_address(this + 1); }
     std::string_view name() const noexcept { return name_is_long ? long_name : short_name; }
     void set_name(std::string_view n) {
@@ -1069,7 +1074,16 @@ struct run_frame {
     sched_core* core = nullptr;
     run_frame* outer = nullptr;
 };
-inline run_frame*& current_run() noexcept { return port::thread_slot<run_frame*>::get(); }
+/// All thread-local data there is.
+struct thread_state {
+    run_frame* run = nullptr;
+    // The intercepted call whose plain function this thread is in; it holds in this run and this chain only.
+    std::uint64_t call = 0;
+    run_frame* call_run = nullptr;
+    frame_base* call_chain = nullptr;
+};
+inline thread_state& this_thread() noexcept { return port::thread_slot<thread_state>::get(); }
+inline run_frame*& current_run() noexcept { return this_thread().run; }
 inline sched_core* current_core() noexcept {
     run_frame* r = current_run();
     return r != nullptr ? r->core : nullptr;
@@ -1566,6 +1580,14 @@ struct core_ref : immovable {  // gives a reference back
     explicit core_ref(sched_core* core) noexcept : c(core) {}
     ~core_ref() { c->drop_ref(); }
 };
+
+/// The intercepted call that the code which runs here works for: spawned tasks and arms inherit it. 0: none.
+inline std::uint64_t current_call() noexcept {
+    const thread_state& t = this_thread();
+    frame_base* chain = t.run != nullptr ? t.run->core->current : nullptr;
+    if (t.call != 0 && t.call_run == t.run && t.call_chain == chain) return t.call;
+    return chain != nullptr ? chain->call : 0;
+}
 
 inline void wake(runnable* r) noexcept {
     sched_core* c = r->core;
@@ -2317,12 +2339,12 @@ template <class L> class leaf_awaiter {
 public:
     leaf_awaiter(L& l, frame_base* f) noexcept : leaf_(l), frame_(f) {}
     bool await_ready() {
-        sched_core* c = frame_->chain->core;
+        sched_core* c = frame_->chain()->core;
         return c->spend() && leaf_.ready(c);
     }
     // noinline: clang before 17 may keep locals of an inlined await_suspend in the frame, which another thread may resume.
     RTB_DETAIL_NOINLINE void await_suspend(std::coroutine_handle<>) {
-        frame_base* chain = frame_->chain;
+        frame_base* chain = frame_->chain();
         if (!leaf_.suspend(chain)) chain->core->make_ready(chain);
     }
     decltype(auto) await_resume() { return leaf_.resume(); }
@@ -2334,11 +2356,11 @@ template <class L> class owned_leaf_awaiter {  // for has_leaf: the leaf lives i
 public:
     owned_leaf_awaiter(L&& l, frame_base* f) : leaf_(std::move(l)), frame_(f) {}
     bool await_ready() {
-        sched_core* c = frame_->chain->core;
+        sched_core* c = frame_->chain()->core;
         return c->spend() && leaf_.ready(c);
     }
     RTB_DETAIL_NOINLINE void await_suspend(std::coroutine_handle<>) {
-        frame_base* chain = frame_->chain;
+        frame_base* chain = frame_->chain();
         if (!leaf_.suspend(chain)) chain->core->make_ready(chain);
     }
     decltype(auto) await_resume() { return leaf_.resume(); }
@@ -2368,9 +2390,9 @@ public:
     bool await_ready() const noexcept { return task_.frame_ == nullptr || task_.frame_->started; }  // misuse: see await_resume
     void await_suspend(std::coroutine_handle<>) noexcept {
         frame_base* child = task_.frame_;
-        frame_base* chain = parent_->chain;
+        frame_base* chain = parent_->chain();
         child->started = true;
-        child->chain = chain;
+        child->root = chain;
         child->up = parent_;
         child->owner = &task_.frame_;
         chain->leaf = child;
@@ -2389,7 +2411,7 @@ struct final_awaiter {
     bool await_ready() const noexcept { return false; }
     template <class P> void await_suspend(std::coroutine_handle<P> h) const noexcept {
         frame_base* f = h.promise().base();
-        frame_base* chain = f->chain;
+        frame_base* chain = f->chain();
         f->done = true;
         if (f == chain) {
             chain->core->finished = f;
@@ -2611,7 +2633,9 @@ template <class T> frame_base* make_root(sched_core* c, task<T>&& t, spawn_optio
     f->run = &sched_core::run_chain;
     f->core = c;
     f->is_root = f->started = f->keep_block = true;
-    f->chain = f->leaf = f;
+    f->is_chain = true;
+    f->leaf = f;
+    f->call = current_call();
     f->joiner = nullptr;
     f->hook = nullptr;
     f->file = file;
@@ -3051,7 +3075,7 @@ template <class V> void sched_core::each_task(V& visit) {
         const frame_base* f = static_cast<const frame_base*>(r);
         visit(task_info{f->name(), f->file, f->line, std::chrono::milliseconds(t - (std::min)(t, f->spawned_ms)), state});
     };
-    if (current != nullptr) show(current->chain, task_state::running);
+    if (current != nullptr) show(current, task_state::running);
     for (auto* l : {&starting, &pass, &ready})
         for (runnable* r = l->front(); r != nullptr; r = l->after(r))
             if (r != current) show(r, task_state::ready);
@@ -4509,10 +4533,10 @@ public:
     }
     bool await_ready() {
         if constexpr (k_is_awaiter) immediate_ = static_cast<bool>(a_.await_ready());
-        return immediate_ && frame_->chain->core->spend();
+        return immediate_ && frame_->chain()->core->spend();
     }
     RTB_DETAIL_NOINLINE void await_suspend(std::coroutine_handle<>) {
-        runnable* chain = frame_->chain;
+        runnable* chain = frame_->chain();
         if (immediate_) {
             chain->core->make_ready(chain);
             return;
@@ -4551,6 +4575,7 @@ template <class A> auto make_awaiter(A&& a, frame_base* f) {
 // are chains of their own. Arms are started one after the other through the scheduler's `starting` list, so that neither
 // starting nor finishing nests on the stack.
 struct arm_owner : runnable {
+    std::uint64_t call = 0;  // inherited by the arms
     virtual void arm_done(std::size_t i) noexcept = 0;
 
 protected:
@@ -4593,7 +4618,9 @@ public:
         f_->run = &sched_core::run_chain;
         f_->core = owner->core;
         f_->started = f_->keep_block = true;
-        f_->chain = f_->leaf = f_;
+        f_->is_chain = true;
+        f_->leaf = f_;
+        f_->call = owner->call;
         f_->hook = this;
         owner->core->run_next(owner);  // goes on with the next arm after the first step of this one
         owner->core->run_next(f_);
@@ -4675,6 +4702,7 @@ protected:
     void begin(runnable* target) {
         target_ = target;
         core = target->core;
+        call = current_call();
         run = [](runnable* r) { static_cast<arm_set*>(r)->go_on(); };
         core->run_next(this);
     }
