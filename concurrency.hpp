@@ -954,7 +954,7 @@ struct scheduler_options {
     std::string name{};
 };
 struct spawn_options {
-    std::string_view name{};  // copied; up to 15 characters without an allocation
+    std::string_view name{};  // copied; up to 7 characters without an allocation
 };
 struct idle_report {
     std::size_t resumptions = 0;
@@ -998,6 +998,19 @@ struct completion_hook {
     void (*done)(completion_hook*, frame_base*) noexcept = nullptr;
 };
 
+/// A combinator that a chain waits in, as a runnable: it starts its arms one after the other.
+struct arm_owner : runnable {
+    std::uint64_t call = 0;  // inherited by the arms
+    virtual void arm_done(std::size_t i) noexcept = 0;
+    /// The chain of an arm that still has frames, or null.
+    virtual frame_base* live_chain() const noexcept = 0;
+
+protected:
+    arm_owner() = default;
+    arm_owner(arm_owner&&) noexcept : runnable() {}
+    ~arm_owner() = default;
+};
+
 // What a frame's result slot holds.
 enum outcome : unsigned char { has_nothing, has_value, has_error };
 
@@ -1032,13 +1045,14 @@ struct alignas(16) frame_base : runnable {
     port::atomic<unsigned> state{0};                  // root: bits below
     std::uint32_t offset = 0;                         // from the start of the allocation to the frame
     const char* file = "";
-    std::uint32_t line = 0;
-    std::uint32_t spawned_ms = 0;  // since the core was made
+    std::uint64_t line : 20;
+    std::uint64_t spawned_ms : 44;  // since the core was made
     union {
-        char short_name[16];
+        char short_name[8];
         char* long_name;
     };
-    frame_base() noexcept : has(has_nothing), started(false), done(false), keep_block(false), name_is_long(false), has_deadline(false), is_chain(false), short_name{} {}
+    arm_owner* arms = nullptr;  // root: the combinator that its leaf waits in
+    frame_base() noexcept : has(has_nothing), started(false), done(false), keep_block(false), name_is_long(false), has_deadline(false), is_chain(false), line(0), spawned_ms(0), short_name{} {}
 
     // state bits. sync: every change is acq_rel, so whoever sees k_done sees the result, and whoever frees the block sees
     // every use of it.
@@ -1370,8 +1384,7 @@ struct sched_core : immovable {
     spin_state park_spin, wait_spin;
     port::atomic<std::uint64_t> n_resumed{0}, n_spawned{0}, n_completed{0}, n_failed{0}, n_cancelled{0}, n_unhandled{0}, n_stalls{0},
         n_parks{0}, n_spawned_outside{0}, n_timed_out{0};
-    port::atomic<std::uint32_t> coarse_ms{0};  // the age of the core at the last look at the clock
-    port::atomic<std::size_t> n_live{0};
+    std::uint64_t coarse_ms = 0;  // loop: its age at the last look at the clock
     struct {  // the task whose turn it is; written by the loop under a sequence counter, read by watchers
         port::atomic<unsigned> seq{0};
         port::atomic<std::uint64_t> name[4] = {};
@@ -1396,9 +1409,10 @@ struct sched_core : immovable {
     bool forked() const noexcept { return fork_mark != port::fork_generation(); }
     /// In a forked child the worker does not exist, and the parent's threads may have held any of its locks.
     bool out_of_reach() const noexcept { return on_worker && forked(); }
-    std::uint32_t age_ms(time_point t) const noexcept {
-        return static_cast<std::uint32_t>(std::chrono::duration_cast<std::chrono::milliseconds>(t - made).count());
+    std::uint64_t age_ms(time_point t) const noexcept {
+        return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(t - made).count()) & k_age_mask;
     }
+    static constexpr std::uint64_t k_age_mask = (std::uint64_t{1} << 44) - 1;
     // Counters have one writer, the loop: relaxed load + store, no locked instruction.
     template <class N> static void bump(port::atomic<N>& n, N by = 1) noexcept {
         n.store(static_cast<N>(n.load(std::memory_order_relaxed) + by), std::memory_order_relaxed);
@@ -1442,7 +1456,7 @@ struct sched_core : immovable {
     bool submit(runnable* r) noexcept {
         if (current_core() == this) {
             if (dead || (stop_flag.load(std::memory_order_relaxed))) return false;
-            if (r->is_root) set_live(live + 1);
+            if (r->is_root) ++live;
             make_ready(r);
             return true;
         }
@@ -1455,10 +1469,6 @@ struct sched_core : immovable {
     }
 
     // ---- loop ----
-    void set_live(std::size_t n) noexcept {
-        live = n;
-        n_live.store(n, std::memory_order_relaxed);
-    }
     void make_ready(runnable* r) noexcept {
         if (r->queued) return;
         if (r->linked()) r->unlink();
@@ -1475,7 +1485,7 @@ struct sched_core : immovable {
         inbox_tail = nullptr;
         inbox_flag.store(false, std::memory_order_relaxed);
         idle = false;
-        if (inbox_spawned != 0) set_live(live + std::exchange(inbox_spawned, 0));
+        live += std::exchange(inbox_spawned, 0);
         while (r != nullptr) {
             runnable* after = r->inbox_next;
             r->in_inbox = false;
@@ -1506,7 +1516,7 @@ struct sched_core : immovable {
     // At most `most` at a time: a crowd of timers is run while its frames are still in the cache.
     void fire_timers(std::size_t most) noexcept {
         const time_point t = now();
-        coarse_ms.store(age_ms(t), std::memory_order_relaxed);
+        coarse_ms = age_ms(t);
         timers_left = false;
         while (!timers.empty()) {
             if (most-- == 0) {
@@ -1648,9 +1658,10 @@ inline void sched_core::run_chain(runnable* r) {
         return;
     }
     // Names are copied first: the root may be gone after its turn.
-    const std::string name(root->name());
+    char name[64] = {};
+    root->name().copy(name, sizeof name - 1);
     const char* file = root->file;
-    const unsigned line = root->line;
+    const unsigned line = static_cast<unsigned>(root->line);
     const time_point start = clock::now();
     c->take_turn(root);
     const duration d = clock::now() - start;
@@ -1688,15 +1699,29 @@ inline void sched_core::take_turn(frame_base* root) {
         waiting.push_back(root);
 }
 
+// Innermost first, and a loop at every depth: while a chain's leaf waits in a combinator, the chains of its arms come before
+// its own frames. On the way down each arm's root keeps in `up` where it came from.
 inline void sched_core::destroy_frames(frame_base* root) noexcept {
-    frame_base* f = root->leaf;
+    frame_base* chain = root;
     for (;;) {
-        frame_base* up = f == root ? nullptr : f->up;
-        if (f != root && f->owner != nullptr) *f->owner = nullptr;
-        root->leaf = up != nullptr ? up : root;
-        f->handle().destroy();
-        if (up == nullptr) return;
-        f = up;
+        while (frame_base* arm = chain->arms != nullptr ? chain->arms->live_chain() : nullptr) {
+            arm->up = chain;
+            arm->running = true;
+            chain = arm;
+        }
+        frame_base* f = chain->leaf;
+        while (f != chain) {
+            frame_base* up = f->up;
+            if (f->owner != nullptr) *f->owner = nullptr;
+            chain->leaf = up;
+            f->handle().destroy();
+            f = up;
+        }
+        frame_base* outer = chain == root ? nullptr : chain->up;
+        chain->leaf = nullptr;  // an arm: the rest of it goes with its combinator
+        chain->handle().destroy();
+        if (outer == nullptr) return;
+        chain = outer;
     }
 }
 
@@ -1716,7 +1741,7 @@ inline void sched_core::finish(frame_base* root) noexcept {
         return;
     }
     if (watch.filled_for == root) watch.filled_for = nullptr;
-    set_live(live - 1);
+    --live;
     if (root->has == has_value)
         bump<std::uint64_t>(n_completed);
     else if (root->has == has_error)
@@ -1861,7 +1886,7 @@ inline void sched_core::fill_watch(frame_base* root) noexcept {
     watch.seq.store(s + 1, std::memory_order_relaxed);
     for (int i = 0; i < 4; ++i) watch.name[i].store(words[i], std::memory_order_release);
     watch.file.store(root->file, std::memory_order_release);
-    watch.line.store(root->line, std::memory_order_release);
+    watch.line.store(static_cast<unsigned>(root->line), std::memory_order_release);
     watch.seq.store(s + 2, std::memory_order_release);
 }
 
@@ -1958,12 +1983,11 @@ inline std::size_t sched_core::run_some(std::size_t most) {
     drain();
     fire_timers(64);
     std::size_t n = 0;
-    while (n < most) {
+    while (n < most && !stopping()) {
         runnable* r = pick(ready);
         if (r == nullptr) break;
         step(r);
         ++n;
-        if (stopping()) break;
     }
     return n;
 }
@@ -2180,11 +2204,18 @@ inline manual_clock::jump manual_clock::try_jump(detail::sched_core* asking) noe
     time_point earliest = detail::never;
     for (detail::sched_core* s = cores_; s != nullptr; s = s->clock_next) {
         detail::port::unique_lock ls(s->m);
-        if (s->idle && s->inbox_head == nullptr && s->idle_deadline > now()) {
-            earliest = (std::min)(earliest, s->idle_deadline);
+        bool idle = s->idle;
+        time_point deadline = s->idle_deadline;
+        const bool outer = s != asking && detail::runs_here(s);  // it runs one of its tasks, which runs the one that asks
+        if (outer) {
+            idle = s->ready.empty() && s->pass.empty();
+            deadline = s->timers.earliest().value_or(detail::never);
+        }
+        if (idle && s->inbox_head == nullptr && deadline > now()) {
+            earliest = (std::min)(earliest, deadline);
             continue;
         }
-        if (s == asking || s->runner.load(std::memory_order_relaxed) == detail::port::thread_id{}) return jump::nothing;
+        if (s == asking || outer || s->runner.load(std::memory_order_relaxed) == detail::port::thread_id{}) return jump::nothing;
         return jump::others;
     }
     if (busy_ != 0) return jump::others;
@@ -2639,8 +2670,8 @@ template <class T> frame_base* make_root(sched_core* c, task<T>&& t, spawn_optio
     f->joiner = nullptr;
     f->hook = nullptr;
     f->file = file;
-    f->line = line;
-    f->spawned_ms = c->coarse_ms.load(std::memory_order_relaxed);
+    f->line = line & 0xfffffu;
+    f->spawned_ms = (current_core() == c ? c->coarse_ms : c->age_ms(c->now())) & sched_core::k_age_mask;
     f->state.store(frame_base::k_handle, std::memory_order_relaxed);
     c->add_ref();
     return f;
@@ -2707,6 +2738,16 @@ inline wait_end wait_for_root(frame_base* f, time_point until) {
     if (end != wait_end::done && leader != nullptr) clear_edge(leader);
     return end;
 }
+/// The handle goes while somebody waits for it: lets the waiter go on.
+inline void release_joiner(frame_base* f) noexcept {
+    sched_core* c = f->core;
+    port::unique_lock l(c->join_m);
+    runnable* r = std::exchange(f->joiner, nullptr);
+    if (r == nullptr) return;
+    f->state.fetch_and(~frame_base::k_joiner, std::memory_order_acq_rel);
+    if (r->core != c) c->external.fetch_sub(1, std::memory_order_relaxed);
+    wake(r);
+}
 }  // namespace detail
 
 /// The other end of a spawned task. Yields the result once; dropping it detaches the task.
@@ -2749,23 +2790,21 @@ template <class T> class join_handle {
 
     void drop() noexcept {
         detail::frame_base* f = std::exchange(f_, nullptr);
-        if (f == nullptr) return;
+        if (f == nullptr || f->core->out_of_reach()) return;
+        if ((f->state.load(std::memory_order_relaxed) & detail::frame_base::k_joiner) != 0) detail::release_joiner(f);
         if ((f->state.fetch_and(~detail::frame_base::k_handle, std::memory_order_acq_rel) & detail::frame_base::k_released) != 0)
             detail::sched_core::dispose(f);
     }
     expected<T, join_error> take() {  // precondition: done
         using slot = detail::result_slot<T>;
         if (f_ != nullptr && f_->core->out_of_reach()) f_ = nullptr;  // left alone: its frame may be half-way through a step
-        if (f_ == nullptr) return rtb::unexpected(taken_ ? join_errc::already_taken : join_errc::cancelled);
+        if (f_ == nullptr || taken_) return rtb::unexpected(taken_ ? join_errc::already_taken : join_errc::cancelled);
         static_cast<void>(f_->state.load(std::memory_order_acquire));  // sync: pairs with publish(): the result is visible
         taken_ = true;
-        struct cleanup {  // also if moving the value throws
-            join_handle* h;
-            ~cleanup() {
-                slot::destroy(h->f_);
-                h->drop();
-            }
-        } after{this};
+        struct cleanup {  // also if moving the value throws. The block stays: another thread may be inside cancel() or done()
+            detail::frame_base* f;
+            ~cleanup() { slot::destroy(f); }
+        } after{f_};
         if (f_->has == detail::has_error) return rtb::unexpected(join_error(join_errc::failed, std::move(slot::error(f_))));
         if (f_->has == detail::has_nothing) return rtb::unexpected(join_errc::cancelled);
         if constexpr (std::is_void_v<T>)
@@ -2882,7 +2921,7 @@ public:
 
     /// Starts work: an awaitable, or a callable that returns one (kept alive with the task; called on the scheduler).
     /// Result    its handle. After stop(): a handle that says `cancelled`.
-    /// Allocates nothing for a task; one block for a callable or another awaitable; one for a name over 15 characters.
+    /// Allocates nothing for a task; one block for a callable or another awaitable; one for a name over 7 characters.
     /// Threads   any.
     template <detail::work A>
     auto spawn(A&& a, spawn_options options = {}, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) -> handle_for<A> {
@@ -2962,7 +3001,8 @@ public:
         scheduler_stats s;
         s.resumptions = get(c.n_resumed), s.spawned = get(c.n_spawned) + get(c.n_spawned_outside), s.completed = get(c.n_completed), s.failed = get(c.n_failed);
         s.cancelled = get(c.n_cancelled), s.unhandled = get(c.n_unhandled), s.stalls = get(c.n_stalls), s.parks = get(c.n_parks);
-        s.live = get(c.n_live);
+        const std::uint64_t over = s.completed + s.failed + s.cancelled;
+        s.live = static_cast<std::size_t>(s.spawned > over ? s.spawned - over : 0);
         return s;
     }
     /// Reports a task that has been in the middle of one step for longer than stall_threshold, seen from outside. Needs
@@ -3069,11 +3109,13 @@ inline void sched_core::close() noexcept {
 }
 template <class V> void sched_core::each_task(V& visit) {
     drain();
-    const std::uint32_t t = age_ms(now());
+    const std::uint64_t t = age_ms(now());
     const auto show = [&](runnable* r, task_state state) {
         if (!r->is_root) return;
         const frame_base* f = static_cast<const frame_base*>(r);
-        visit(task_info{f->name(), f->file, f->line, std::chrono::milliseconds(t - (std::min)(t, f->spawned_ms)), state});
+        const std::uint64_t spawned = f->spawned_ms;
+        const auto age = std::chrono::milliseconds(static_cast<std::int64_t>(t - (std::min)(t, spawned)));
+        visit(task_info{f->name(), f->file, static_cast<unsigned>(f->line), age, state});
     };
     if (current != nullptr) show(current, task_state::running);
     for (auto* l : {&starting, &pass, &ready})
@@ -4574,15 +4616,6 @@ template <class A> auto make_awaiter(A&& a, frame_base* f) {
 // A combinator is a leaf that owns its arms. Leaf arms are waited for in place; tasks (and foreign awaitables, in a task)
 // are chains of their own. Arms are started one after the other through the scheduler's `starting` list, so that neither
 // starting nor finishing nests on the stack.
-struct arm_owner : runnable {
-    std::uint64_t call = 0;  // inherited by the arms
-    virtual void arm_done(std::size_t i) noexcept = 0;
-
-protected:
-    arm_owner() = default;
-    arm_owner(arm_owner&&) noexcept : runnable() {}
-    ~arm_owner() = default;
-};
 enum class arm_state { done, waiting, running };
 
 template <class T> class task_arm : completion_hook {
@@ -4594,19 +4627,18 @@ template <class T> class task_arm : completion_hook {
 
 public:
     using result = T;
-    explicit task_arm(task<T>&& t) noexcept : task_(std::move(t)) {}
+    explicit task_arm(task<T>&& t) : task_(task_access::fresh(t) ? std::move(t) : misused_task<T>(nullptr)) {}
     task_arm(task_arm&& o) noexcept : completion_hook(), task_(std::move(o.task_)) {}
     ~task_arm() {
         if (f_ == nullptr) return;
         if (!over_) {
             f_->running = true;
-            owner_->core->destroy_frames(f_);
+            if (f_->leaf != nullptr) owner_->core->destroy_frames(f_);
             owner_->core->forget(f_);
         }
         f_->release(f_, nullptr);
     }
     arm_state start(arm_owner* owner, std::size_t i) {
-        if (!task_access::fresh(task_)) task_ = misused_task<T>(nullptr);
         f_ = task_access::release(task_);
         owner_ = owner;
         index_ = i;
@@ -4627,6 +4659,8 @@ public:
         return arm_state::running;
     }
     bool failed() const noexcept { return over_ && f_->has == has_error; }
+    /// Its chain, while there are frames to destroy.
+    frame_base* live_chain() const noexcept { return f_ != nullptr && !over_ ? f_->leaf != nullptr ? f_ : nullptr : nullptr; }
     T take() { return take_result<T>(f_); }
 };
 template <class L> class leaf_arm : runnable {
@@ -4652,7 +4686,18 @@ public:
         };
         return leaf_->ready(core) || !leaf_->suspend(this) ? arm_state::done : arm_state::waiting;
     }
-    bool failed() const noexcept { return false; }
+    bool failed() const noexcept {
+        if constexpr (requires(const L& l) { l.failed(); })
+            return leaf_->failed();
+        else
+            return false;
+    }
+    frame_base* live_chain() const noexcept {
+        if constexpr (requires(const L& l) { l.live_chain(); })
+            return leaf_ ? leaf_->live_chain() : nullptr;
+        else
+            return nullptr;
+    }
     result take() { return leaf_->resume(); }
 };
 template <class W> class handle_arm {  // W: join_handle& (referred to), or join_handle (kept)
@@ -4669,6 +4714,7 @@ public:
         return arm_->start(owner, i);
     }
     bool failed() const noexcept { return false; }
+    frame_base* live_chain() const noexcept { return nullptr; }
     result take() { return arm_->take(); }
 };
 template <class A> auto make_arm(A&& a) {
@@ -4693,6 +4739,7 @@ protected:
     static constexpr std::size_t k_count = sizeof...(Arms);
     std::tuple<std::optional<Arms>...> arms_;
     runnable* target_ = nullptr;
+    frame_base* chain_ = nullptr;  // the chain that awaits this, if target_ is that chain
     std::size_t next_ = 0;
     bool decided_ = false;
 
@@ -4703,6 +4750,10 @@ protected:
         target_ = target;
         core = target->core;
         call = current_call();
+        if (core->current == target) {  // else nested in another combinator, which is asked first
+            chain_ = core->current;
+            chain_->arms = this;
+        }
         run = [](runnable* r) { static_cast<arm_set*>(r)->go_on(); };
         core->run_next(this);
     }
@@ -4717,14 +4768,22 @@ protected:
             if (state == arm_state::done) arm_done(now);
         }
     }
-    // The result is certain: destroys the arms that are not `keep`, and resumes the task before anything else.
+    // The result is certain: destroys the arms that are not `keep` (k_count: none), and resumes the task before anything else.
     void decide(std::size_t keep) noexcept {
         decided_ = true;
+        if (chain_ != nullptr) chain_->arms = nullptr;
         each([&](std::size_t i, auto& arm) {
-            if (i != keep) arm.reset();
+            if (i != keep && keep != k_count) arm.reset();
         });
         core->forget(this);
         core->run_next(target_);
+    }
+    bool failed_arm(std::size_t i) const noexcept {
+        bool failed = false;
+        [&]<std::size_t... I>(std::index_sequence<I...>) {
+            ((I == i ? static_cast<void>(failed = std::get<I>(arms_)->failed()) : static_cast<void>(0)), ...);
+        }(std::make_index_sequence<k_count>());
+        return failed;
     }
     template <std::size_t I> decltype(auto) take() {
         auto& arm = *std::get<I>(arms_);
@@ -4741,8 +4800,16 @@ public:
     arm_set(arm_set&& o) noexcept : arm_owner(std::move(o)), arms_(std::move(o.arms_)) {}
     ~arm_set() {
         if (target_ == nullptr) return;
+        if (chain_ != nullptr && chain_->arms == this) chain_->arms = nullptr;
         each([](std::size_t, auto& arm) { arm.reset(); });
         core->forget(this);
+    }
+    frame_base* live_chain() const noexcept override {
+        frame_base* live = nullptr;
+        [&]<std::size_t... I>(std::index_sequence<I...>) {
+            ((live == nullptr && std::get<I>(arms_) ? static_cast<void>(live = std::get<I>(arms_)->live_chain()) : static_cast<void>(0)), ...);
+        }(std::make_index_sequence<k_count>());
+        return live;
     }
 };
 }  // namespace detail
@@ -4797,6 +4864,7 @@ public:
         base::begin(target);
         return true;
     }
+    bool failed() const noexcept { return base::failed_arm(winner_); }
     std::size_t winner() const noexcept { return winner_; }
     template <std::size_t I> decltype(auto) take_arm() { return base::template take<I>(); }
     result resume() { return pick<0>(); }
@@ -4820,19 +4888,14 @@ template <class... Arms> class all_leaf final : public arm_set<Arms...> {
 
     void arm_done(std::size_t i) noexcept override {
         if (base::decided_) return;
-        bool failed = false;
-        base::each([&](std::size_t k, auto& arm) {
-            if (k == i) failed = arm->failed();
-        });
-        if (failed) {
+        if (base::failed_arm(i)) {
             failed_ = i;
             base::decide(i);
         } else if (++over_ == sizeof...(Arms)) {
-            base::decided_ = true;
-            base::core->forget(this);
-            base::core->run_next(base::target_);
+            base::decide(k_keep_all);
         }
     }
+    static constexpr std::size_t k_keep_all = sizeof...(Arms);
 
 public:
     using rtb_leaf = void;
@@ -4845,6 +4908,7 @@ public:
         base::begin(target);
         return true;
     }
+    bool failed() const noexcept { return failed_ != sizeof...(Arms); }
     result resume() {
         base::each([&](std::size_t k, auto& arm) {
             if (k == failed_) static_cast<void>(arm->take());  // throws
@@ -4887,10 +4951,14 @@ public:
         if constexpr (std::is_void_v<R>) {
             static_cast<void>(any_.template take_arm<0>());
             return {};
+        } else if constexpr (std::is_same_v<result, R> || std::is_reference_v<R>) {
+            return any_.template take_arm<0>();
         } else {
-            return result(any_.template take_arm<0>());
+            return result(std::in_place, any_.template take_arm<0>());
         }
     }
+    bool failed() const noexcept { return any_.failed(); }
+    frame_base* live_chain() const noexcept { return any_.live_chain(); }
 };
 }  // namespace detail
 
@@ -4959,6 +5027,7 @@ class task_group : detail::immovable {
             if (target_ != nullptr && g_->waiter_ == target_) g_->waiter_ = nullptr;
         }
         bool ready(detail::sched_core*) const noexcept { return g_->children_.empty(); }
+        bool failed() const noexcept { return static_cast<bool>(g_->failure_); }
         bool suspend(detail::runnable* r) noexcept {
             if (g_->children_.empty()) return false;
             g_->waiter_ = target_ = r;
@@ -5045,6 +5114,7 @@ struct blocking_pool : immovable {
     port::mutex m;
     port::condition_variable cv;
     list<blocking_job> jobs;  // m
+    std::size_t queued = 0;   // m: jobs in the list; those for which an idle thread was notified included
     std::size_t idle = 0;     // m
     bool ending = false;      // m
     struct pool_thread : link {
@@ -5058,7 +5128,7 @@ struct blocking_pool : immovable {
         {
             port::unique_lock l(m);
             jobs.push_back(job);
-            start = idle == 0 && count < limit;
+            start = ++queued > idle && count < limit;
             if (!start) cv.notify_one();
         }
         if (!start) return true;
@@ -5072,6 +5142,7 @@ struct blocking_pool : immovable {
         if (count != 0) return true;  // the others will come to it
         port::unique_lock l(m);
         job->unlink();
+        --queued;
         return false;
     }
     void work() noexcept {
@@ -5085,6 +5156,7 @@ struct blocking_pool : immovable {
                 --idle;
                 continue;
             }
+            --queued;
             l.unlock();
             run(job);
             l.lock();
@@ -5171,15 +5243,16 @@ public:
         call_->drop();
     }
     bool ready(sched_core*) const noexcept { return false; }
+    bool failed() const noexcept { return static_cast<bool>(call_->error); }
     bool suspend(runnable* target) {
         sched_core* c = target->core;
         if (!port::has_threads || c->options.time != nullptr || c->options.blocking_threads == 0) {
             run_inline();
             return false;
         }
-        if (c->pool == nullptr) c->pool = new blocking_pool;
+        if (c->pool == nullptr) c->pool = new (std::nothrow) blocking_pool;
         call_->waiter = target;
-        if (!c->pool->submit(call_, c->options.blocking_threads)) {  // not even one thread: slow beats never
+        if (c->pool == nullptr || !c->pool->submit(call_, c->options.blocking_threads)) {  // not even one thread: slow beats never
             call_->waiter = nullptr;
             run_inline();
             return false;
