@@ -1441,6 +1441,12 @@ struct sched_core : immovable {
         port::unique_lock l(m);
         enqueue_locked(r);
     }
+    // From outside of the loop. Under m, so that either the loop has not looked at `external` yet, or it is woken.
+    void one_external_less() noexcept {
+        port::unique_lock l(m);
+        external.fetch_sub(1, std::memory_order_relaxed);
+        if (draining.load(std::memory_order_relaxed)) wake_loop_locked();
+    }
     void poke() noexcept {
         port::unique_lock l(m);
         wake_loop_locked();
@@ -2701,9 +2707,7 @@ inline void unregister_joiner(frame_base* f, runnable* r) noexcept {
     if (f->joiner != r) return;
     f->joiner = nullptr;
     f->state.fetch_and(~frame_base::k_joiner, std::memory_order_acq_rel);
-    if (r->core == c) return;
-    c->external.fetch_sub(1, std::memory_order_relaxed);
-    if (c->draining.load(std::memory_order_relaxed)) c->poke();
+    if (r->core != c) c->one_external_less();
 }
 }  // namespace detail
 
@@ -2745,7 +2749,7 @@ inline void release_joiner(frame_base* f) noexcept {
     runnable* r = std::exchange(f->joiner, nullptr);
     if (r == nullptr) return;
     f->state.fetch_and(~frame_base::k_joiner, std::memory_order_acq_rel);
-    if (r->core != c) c->external.fetch_sub(1, std::memory_order_relaxed);
+    if (r->core != c) c->one_external_less();
     wake(r);
 }
 }  // namespace detail
@@ -2942,6 +2946,7 @@ public:
         using T = detail::work_result_t<A>;
         detail::run_scope scope(core_);
         if (!scope) return rtb::unexpected(join_errc::would_deadlock);
+        core_->drain();  // what was spawned before this comes first
         auto handle = detail::spawn_on(core_, detail::as_task<true>(std::forward<A>(a)), {}, file, line);
         detail::frame_base* f = detail::handle_access::frame(handle);
         detail::blocker b;
@@ -3053,7 +3058,8 @@ inline void sched_core::run() {
     while (!stopping()) {
         const std::size_t n = run_some(64);
         // A drain ends when nobody outside waits for a task any more, and nothing that was accepted is still unseen.
-        if (draining.load(std::memory_order_relaxed) && external.load(std::memory_order_relaxed) == 0 &&
+        // sync: acquire pairs with the release in shutdown(): what was accepted before it, its `external` included, is visible.
+        if (draining.load(std::memory_order_acquire) && external.load(std::memory_order_relaxed) == 0 &&
             !inbox_flag.load(std::memory_order_acquire))
             return;
         if (n != 0) {
@@ -3598,6 +3604,7 @@ public:
 // once more when it goes on or is destroyed, so after a waiter ran nobody is inside the primitive on its behalf.
 
 /// Wakes tasks that wait for something to change. notify_one stores one permit if nobody waits; notify_all stores none.
+/// Lifetime  outlives its waiters: declare it before the scheduler whose tasks wait in it (asserted).
 /// Cancel    a waiter that is destroyed after it was chosen by notify_one passes the permit on.
 /// Threads   notify_* from any thread, wait() in tasks. Allocates nothing. Order    first in, first out.
 class notify : detail::immovable {
@@ -3658,6 +3665,7 @@ class notify : detail::immovable {
 
 public:
     notify() = default;
+    ~notify() { RTB_ASSERT(waiters_.empty(), "a notify was destroyed while tasks wait in it"); }
     void notify_one() noexcept {
         detail::port::unique_lock l(m_);
         give_permit_locked();
@@ -3760,6 +3768,7 @@ class semaphore : detail::immovable {
 
 public:
     explicit semaphore(std::size_t permits) noexcept : count_(permits) {}
+    ~semaphore() { RTB_ASSERT(waiters_.empty(), "a semaphore was destroyed while tasks wait in it"); }
     /// co_await s.acquire(n): semaphore_permit.
     acquire_leaf acquire(std::size_t n = 1) noexcept { return acquire_leaf(this, n); }
     std::optional<semaphore_permit> try_acquire(std::size_t n = 1) noexcept {

@@ -11,6 +11,7 @@
 //   >>core.sched     scheduler, timers, join_handle       >>core.cancel    cancellation_token
 //   >>core.clock     manual_clock                         >>core.sync      notify, semaphore, oneshot, channel
 //   >>core.task      task<T>                              >>bridge         runtime_bridge
+//                                                         >>intercept      call interceptor, record and replay
 //
 // QUICK START
 //   rtb::task<int> answer() {
@@ -33,6 +34,7 @@
 //   * A task that was given a deadline (block_on_for, block_on_until) must not refer to the caller's stack: the call returns
 //     at the deadline even if the task is in mid-step. block_on waits for the task, so there [&] is safe.
 //   * A blocking call from the worker itself would wait for ever: it is `would_deadlock`. Use co_await there.
+//   * A notify or semaphore outlives its waiters: declare it before the scheduler whose tasks wait in it.
 //   * Whatever a foreign operation refers to must live as long as the operation, not as long as the task that awaits it.
 //   * alignas on a variable is ignored in coroutines by g++ 12: put it on the type.
 //
@@ -1492,6 +1494,12 @@ struct sched_core : immovable {
         port::unique_lock l(m);
         enqueue_locked(r);
     }
+    // From outside of the loop. Under m, so that either the loop has not looked at `external` yet, or it is woken.
+    void one_external_less() noexcept {
+        port::unique_lock l(m);
+        external.fetch_sub(1, std::memory_order_relaxed);
+        if (draining.load(std::memory_order_relaxed)) wake_loop_locked();
+    }
     void poke() noexcept {
         port::unique_lock l(m);
         wake_loop_locked();
@@ -2752,9 +2760,7 @@ inline void unregister_joiner(frame_base* f, runnable* r) noexcept {
     if (f->joiner != r) return;
     f->joiner = nullptr;
     f->state.fetch_and(~frame_base::k_joiner, std::memory_order_acq_rel);
-    if (r->core == c) return;
-    c->external.fetch_sub(1, std::memory_order_relaxed);
-    if (c->draining.load(std::memory_order_relaxed)) c->poke();
+    if (r->core != c) c->one_external_less();
 }
 }  // namespace detail
 
@@ -2796,7 +2802,7 @@ inline void release_joiner(frame_base* f) noexcept {
     runnable* r = std::exchange(f->joiner, nullptr);
     if (r == nullptr) return;
     f->state.fetch_and(~frame_base::k_joiner, std::memory_order_acq_rel);
-    if (r->core != c) c->external.fetch_sub(1, std::memory_order_relaxed);
+    if (r->core != c) c->one_external_less();
     wake(r);
 }
 }  // namespace detail
@@ -2993,6 +2999,7 @@ public:
         using T = detail::work_result_t<A>;
         detail::run_scope scope(core_);
         if (!scope) return rtb::unexpected(join_errc::would_deadlock);
+        core_->drain();  // what was spawned before this comes first
         auto handle = detail::spawn_on(core_, detail::as_task<true>(std::forward<A>(a)), {}, file, line);
         detail::frame_base* f = detail::handle_access::frame(handle);
         detail::blocker b;
@@ -3104,7 +3111,8 @@ inline void sched_core::run() {
     while (!stopping()) {
         const std::size_t n = run_some(64);
         // A drain ends when nobody outside waits for a task any more, and nothing that was accepted is still unseen.
-        if (draining.load(std::memory_order_relaxed) && external.load(std::memory_order_relaxed) == 0 &&
+        // sync: acquire pairs with the release in shutdown(): what was accepted before it, its `external` included, is visible.
+        if (draining.load(std::memory_order_acquire) && external.load(std::memory_order_relaxed) == 0 &&
             !inbox_flag.load(std::memory_order_acquire))
             return;
         if (n != 0) {
@@ -3649,6 +3657,7 @@ public:
 // once more when it goes on or is destroyed, so after a waiter ran nobody is inside the primitive on its behalf.
 
 /// Wakes tasks that wait for something to change. notify_one stores one permit if nobody waits; notify_all stores none.
+/// Lifetime  outlives its waiters: declare it before the scheduler whose tasks wait in it (asserted).
 /// Cancel    a waiter that is destroyed after it was chosen by notify_one passes the permit on.
 /// Threads   notify_* from any thread, wait() in tasks. Allocates nothing. Order    first in, first out.
 class notify : detail::immovable {
@@ -3709,6 +3718,7 @@ class notify : detail::immovable {
 
 public:
     notify() = default;
+    ~notify() { RTB_ASSERT(waiters_.empty(), "a notify was destroyed while tasks wait in it"); }
     void notify_one() noexcept {
         detail::port::unique_lock l(m_);
         give_permit_locked();
@@ -3811,6 +3821,7 @@ class semaphore : detail::immovable {
 
 public:
     explicit semaphore(std::size_t permits) noexcept : count_(permits) {}
+    ~semaphore() { RTB_ASSERT(waiters_.empty(), "a semaphore was destroyed while tasks wait in it"); }
     /// co_await s.acquire(n): semaphore_permit.
     acquire_leaf acquire(std::size_t n = 1) noexcept { return acquire_leaf(this, n); }
     std::optional<semaphore_permit> try_acquire(std::size_t n = 1) noexcept {
@@ -5356,6 +5367,8 @@ template <> struct is_error_code_enum<::rtb::channel_errc> : true_type {};
 #endif
 // >>core-end
 
+#include <span>  // recordings
+
 // ---------------------------------------------------------------------------------------------------------------------
 // >>bridge   runtime_bridge
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5693,6 +5706,1041 @@ private:
 
 namespace std {
 template <> struct is_error_code_enum<::rtb::bridge_errc> : true_type {};
+}  // namespace std
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>intercept   call interceptor: record, replay, short-circuit, back-pressure
+// ---------------------------------------------------------------------------------------------------------------------
+// A host offers functions (imports) to a guest and calls functions of the guest (exports). All arguments and results are
+// of one type, Value, which the user describes through value_traits<Value>. An interceptor sees every call; what its hooks
+// await, the caller waits for: that is the back-pressure, on the synchronous path as well.
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+enum class call_errc { unknown_module = 1, unknown_function, conversion, handler_failed, diverged, would_deadlock, closed };
+
+namespace detail {
+template <> struct errc_info<call_errc> {
+    static constexpr const char* name = "rtb.call";
+    static const char* text(call_errc e) noexcept {
+        switch (e) {
+            case call_errc::unknown_module: return "no such module";
+            case call_errc::unknown_function: return "no such function";
+            case call_errc::conversion: return "a value could not be converted";
+            case call_errc::handler_failed: return "the function, or a hook, ended with an exception";
+            case call_errc::diverged: return "the call differs from the recording";
+            case call_errc::would_deadlock: return "a synchronous call on the bridge's own worker; use the async form";
+            case call_errc::closed: return "the call was not finished: destroyed, or its bridge or channel is closed";
+        }
+        return "unknown call error";
+    }
+};
+}  // namespace detail
+
+/// Why a call failed. what() names module, function, argument and type where they matter.
+class call_error : public detail::error<call_errc> {
+    std::string text_;
+
+public:
+    call_error(call_errc code) noexcept : error(code) {}
+    call_error(call_errc code, std::exception_ptr cause) noexcept : error(code, std::move(cause)) {}
+    call_error(call_errc code, std::string text, std::exception_ptr cause = {}) : error(code, std::move(cause)), text_(std::move(text)) {}
+    const char* what() const noexcept { return text_.empty() ? error::what() : text_.c_str(); }
+};
+
+/// One call, as the hooks see it.
+struct call_info {
+    std::uint64_t id = 0;
+    std::uint64_t parent = 0;  // the call that this one was made from; 0: none
+    std::string_view module{};  // empty for exports
+    std::string_view function{};
+    bool is_export = false;
+    bool known = true;  // the host has this function
+};
+
+/// Describes Value; specialise it:
+///   static Value to_value(T);                                         for every result type (std::monostate for void, if void is returned)
+///   template <class T> static std::optional<T> from_value(const Value&);  for every parameter type
+/// and, only where used:
+///   static const Value* element(const Value&, std::size_t i);          functions of several parameters
+///   static void write(std::vector<std::byte>&, const Value&); static std::optional<Value> read(std::span<const std::byte>);  binary logs
+/// Value itself is copyable and, for replay, equality comparable.
+template <class Value> struct value_traits;
+
+template <class Value> class call_host;
+
+/// Sees every call of a host. Override what you need; the defaults pass through. The references stay valid until the hook
+/// has finished. A hook that throws fails the call (`handler_failed`), and so does fail(), without exceptions.
+/// Threads   hooks run as tasks: on the caller's scheduler for async calls, on the host's bridge for sync calls; several at once.
+template <class Value> class call_interceptor {
+    detail::port::mutex m_;
+    std::vector<std::pair<std::uint64_t, call_error>> failures_;  // m_
+    detail::port::atomic<unsigned> failing_{0};                   // == failures_.size()
+    template <class> friend class call_host;
+
+    std::optional<call_error> take_failure(const call_info& call) {
+        if (failing_.load(std::memory_order_acquire) == 0) return std::nullopt;
+        detail::port::unique_lock l(m_);
+        for (std::size_t i = 0; i < failures_.size(); ++i) {
+            if (failures_[i].first != call.id) continue;
+            call_error e = std::move(failures_[i].second);
+            failures_.erase(failures_.begin() + static_cast<std::ptrdiff_t>(i));
+            failing_.fetch_sub(1, std::memory_order_relaxed);
+            return e;
+        }
+        return std::nullopt;
+    }
+
+protected:
+    /// Makes this call fail with `error` as soon as the running hook has finished.
+    void fail(const call_info& call, call_error error) {
+        detail::port::unique_lock l(m_);
+        failures_.emplace_back(call.id, std::move(error));
+        failing_.fetch_add(1, std::memory_order_release);
+    }
+
+public:
+    call_interceptor() = default;
+    call_interceptor(const call_interceptor&) = delete;
+    call_interceptor& operator=(const call_interceptor&) = delete;
+    virtual ~call_interceptor() = default;
+    /// An answer: the function is neither looked up nor called.
+    virtual task<std::optional<Value>> before_import(const call_info& call, const Value& input) {
+        static_cast<void>(call), static_cast<void>(input);
+        co_return std::nullopt;
+    }
+    virtual task<void> after_import(const call_info& call, const Value& input, const Value& output) {
+        static_cast<void>(call), static_cast<void>(input), static_cast<void>(output);
+        co_return;
+    }
+    virtual task<std::optional<Value>> before_export(const call_info& call, const Value& input) {
+        static_cast<void>(call), static_cast<void>(input);
+        co_return std::nullopt;
+    }
+    virtual task<void> after_export(const call_info& call, const Value& input, const Value& output) {
+        static_cast<void>(call), static_cast<void>(input), static_cast<void>(output);
+        co_return;
+    }
+    /// The call itself failed: unknown, conversion, exception, a before hook that failed.
+    virtual task<void> on_failure(const call_info& call, const Value& input, const call_error& error) {
+        static_cast<void>(call), static_cast<void>(input), static_cast<void>(error);
+        co_return;
+    }
+    /// The call was destroyed half-way (cancelled, bridge aborted). Not a coroutine: there is nobody left to wait.
+    virtual void on_abandoned(const call_info& call, const Value& input) noexcept { static_cast<void>(call), static_cast<void>(input); }
+};
+
+namespace detail {
+template <class T> constexpr std::string_view type_name() noexcept {
+#if defined(__GNUC__) || defined(__clang__)
+    std::string_view s = __PRETTY_FUNCTION__;
+    const std::size_t at = s.find("T = ");
+    if (at != std::string_view::npos) {
+        s.remove_prefix(at + 4);
+        return s.substr(0, s.find_first_of(";]"));
+    }
+#endif
+    return "?";
+}
+inline std::string call_name(const call_info& call) {
+    std::string s = call.is_export ? "export " : "import ";
+    if (!call.is_export) {
+        s += call.module;
+        s += '.';
+    }
+    s += call.function;
+    return s;
+}
+inline call_error thrown(const call_info& call, const char* where) {
+    std::exception_ptr e = std::current_exception();
+    std::string text = call_name(call);
+    text += ": ";
+    text += where;
+    text += " ended with an exception";
+#if RTB_DETAIL_EXCEPTIONS
+    if (!e) throw;  // a forced unwind
+    try {
+        std::rethrow_exception(e);
+    } catch (const std::exception& x) {
+        text += ": ";
+        text += x.what();
+    } catch (...) {
+    }
+#endif
+    return call_error(call_errc::handler_failed, std::move(text), std::move(e));
+}
+
+// The parameters and the result of a callable with one signature (a generic lambda has none).
+template <class F> struct signature : signature<decltype(&F::operator())> {};
+template <class R, class... P> struct signature<R (*)(P...)> {
+    using result = R;
+    using arguments = std::tuple<std::decay_t<P>...>;
+};
+template <class R, class... P> struct signature<R (*)(P...) noexcept> : signature<R (*)(P...)> {};
+template <class C, class R, class... P> struct signature<R (C::*)(P...)> : signature<R (*)(P...)> {};
+template <class C, class R, class... P> struct signature<R (C::*)(P...) const> : signature<R (*)(P...)> {};
+template <class C, class R, class... P> struct signature<R (C::*)(P...) noexcept> : signature<R (*)(P...)> {};
+template <class C, class R, class... P> struct signature<R (C::*)(P...) const noexcept> : signature<R (*)(P...)> {};
+
+template <class Value> using call_result = expected<Value, call_error>;
+
+template <class Value, class P> std::optional<P> argument_from(const Value& input, std::size_t i, std::size_t count) {
+    const Value* v = &input;
+    if constexpr (requires { value_traits<Value>::element(input, i); }) {
+        if (count > 1) v = value_traits<Value>::element(input, i);
+    }
+    if (v == nullptr) return std::nullopt;
+    if constexpr (std::is_same_v<P, Value>)
+        return *v;
+    else
+        return value_traits<Value>::template from_value<P>(*v);
+}
+/// Converts the input to the parameters. error: which argument, which type.
+template <class Value, class... P, std::size_t... I>
+std::optional<std::tuple<P...>> arguments_from(const call_info& call, const Value& input, std::optional<call_error>& error,
+                                               std::tuple<P...>*, std::index_sequence<I...>) {
+    static_assert(sizeof...(P) < 2 || requires(const Value& v) { value_traits<Value>::element(v, std::size_t{}); },
+                  "functions of several parameters need value_traits<Value>::element");
+    const auto convert = [&]<class A>(std::size_t i, std::optional<A>* to) {
+        if (error) return;
+        RTB_DETAIL_TRY { *to = argument_from<Value, A>(input, i, sizeof...(P)); }
+        RTB_DETAIL_CATCH_ALL {
+            error = thrown(call, "from_value");
+            return;
+        }
+        if (*to) return;
+        std::string text = call_name(call);
+        text += ": argument " + std::to_string(i + 1) + " is not a ";
+        text += type_name<A>();
+        error = call_error(call_errc::conversion, std::move(text));
+    };
+    std::tuple<std::optional<P>...> parts;
+    (convert(I, &std::get<I>(parts)), ...);
+    if (error) return std::nullopt;
+    return std::tuple<P...>(std::move(*std::get<I>(parts))...);
+}
+template <class Value, class R> Value result_to_value(R&& r) {
+    using bare = std::remove_cvref_t<R>;
+    if constexpr (std::is_same_v<bare, Value>) {
+        return std::forward<R>(r);
+    } else if constexpr (is_expected<bare>) {
+        if constexpr (requires { value_traits<Value>::to_value(std::forward<R>(r)); }) {
+            return value_traits<Value>::to_value(std::forward<R>(r));
+        } else {
+            if (!r) return result_to_value<Value>(std::forward<R>(r).error());
+            if constexpr (std::is_void_v<typename bare::value_type>)
+                return result_to_value<Value>(std::monostate{});
+            else
+                return result_to_value<Value>(*std::forward<R>(r));
+        }
+    } else if constexpr (requires { value_traits<Value>::to_value(std::forward<R>(r)); }) {
+        return value_traits<Value>::to_value(std::forward<R>(r));
+    } else {
+        static_assert(std::is_same_v<bare, std::monostate> && std::is_default_constructible_v<Value>,
+                      "value_traits<Value>::to_value does not take this result type");
+        return Value{};
+    }
+}
+
+/// A registered function. Exactly one of the two ways to call it is there.
+template <class Value> struct host_function {
+    const bool is_async;
+    explicit host_function(bool async) noexcept : is_async(async) {}
+    virtual ~host_function() = default;
+    virtual call_result<Value> call(const call_info&, const Value&) { return rtb::unexpected(call_errc::handler_failed); }
+    virtual task<call_result<Value>> call_async(const call_info& info, const Value& input) { co_return call(info, input); }
+};
+template <class Value, class F> struct plain_function final : host_function<Value> {
+    F f;
+    explicit plain_function(F&& g) : host_function<Value>(false), f(std::move(g)) {}
+    call_result<Value> call(const call_info& info, const Value& input) override {
+        using sig = signature<F>;
+        using arguments = typename sig::arguments;
+        std::optional<call_error> error;
+        auto args = arguments_from<Value>(info, input, error, static_cast<arguments*>(nullptr),
+                                          std::make_index_sequence<std::tuple_size_v<arguments>>());
+        if (!args) return rtb::unexpected(std::move(*error));
+        // The calls that f makes are children of this one, in this run and this chain.
+        struct call_scope {
+            thread_state before = this_thread();
+            explicit call_scope(std::uint64_t id) noexcept {
+                thread_state& t = this_thread();
+                t.call = id;
+                t.call_run = t.run;
+                t.call_chain = t.run != nullptr ? t.run->core->current : nullptr;
+            }
+            ~call_scope() {
+                thread_state& t = this_thread();
+                t.call = before.call;
+                t.call_run = before.call_run;
+                t.call_chain = before.call_chain;
+            }
+        } scope(info.id);
+        RTB_DETAIL_TRY {
+            if constexpr (std::is_void_v<typename sig::result>) {
+                std::apply(f, std::move(*args));
+                return result_to_value<Value>(std::monostate{});
+            } else {
+                return result_to_value<Value>(std::apply(f, std::move(*args)));
+            }
+        }
+        RTB_DETAIL_CATCH_ALL { return rtb::unexpected(thrown(info, "the function")); }
+    }
+};
+template <class Value, class F> struct async_function final : host_function<Value> {
+    F f;
+    explicit async_function(F&& g) : host_function<Value>(true), f(std::move(g)) {}
+    task<call_result<Value>> call_async(const call_info& info, const Value& input) override {
+        using sig = signature<F>;
+        using arguments = typename sig::arguments;
+        static_assert(is_task<typename sig::result>, "func_async takes a coroutine: a function that returns rtb::task<R>");
+        using R = typename sig::result::value_type;
+        std::optional<call_error> error;
+        auto args = arguments_from<Value>(info, input, error, static_cast<arguments*>(nullptr),
+                                          std::make_index_sequence<std::tuple_size_v<arguments>>());
+        if (!args) co_return rtb::unexpected(std::move(*error));
+        RTB_DETAIL_TRY {
+            task<R> body = std::apply(f, std::move(*args));
+            if constexpr (std::is_void_v<R>) {
+                co_await body;
+                co_return result_to_value<Value>(std::monostate{});
+            } else {
+                decltype(auto) r = co_await body;
+                co_return result_to_value<Value>(std::forward<decltype(r)>(r));
+            }
+        }
+        RTB_DETAIL_CATCH_ALL { error = thrown(info, "the function"); }
+        co_return rtb::unexpected(std::move(*error));
+    }
+};
+
+/// co_await set_call(id): the id that the chain worked for before.
+class set_call_leaf {
+    std::uint64_t id_;
+    sched_core* core_ = nullptr;
+
+public:
+    using rtb_leaf = void;
+    explicit set_call_leaf(std::uint64_t id) noexcept : id_(id) {}
+    bool ready(sched_core* c) noexcept {
+        core_ = c;
+        return true;
+    }
+    bool suspend(runnable* target) noexcept {
+        core_ = target->core;
+        return false;
+    }
+    std::uint64_t resume() noexcept { return std::exchange(core_->current->call, id_); }
+};
+}  // namespace detail
+
+/// Take the parent from where the call is made (the default).
+inline constexpr std::uint64_t inherit_parent = ~std::uint64_t{0};
+
+/// Registers functions and dispatches calls through the interceptor.
+///
+/// Order     before; then its answer, or the function; then after (on_failure if the call failed); then the result returns.
+/// Result    expected<Value, call_error>. Nothing throws: exceptions of functions and hooks are `handler_failed` with cause().
+/// Sync      call_import/call_export: hooks and coroutine functions run on the bridge, a plain function on the calling thread,
+///           which is blocked until the last hook has finished. On the bridge's own worker: would_deadlock, at once.
+/// Async     call_*_async: awaits everything directly, on the caller's scheduler. The names are referred to, not copied.
+/// Cancel    an async call that is destroyed ends its hooks where they wait; the interceptor is told by on_abandoned.
+/// Lifetime  outlives its calls; set_bridge: the bridge outlives the host. Register before the first call.
+/// Threads   calls and set_interceptor: any. A call keeps the interceptor that it began with.
+/// Allocates without an interceptor nothing for a plain function; one task per hook otherwise.
+template <class Value> class call_host {
+    using result = detail::call_result<Value>;
+    using function_base = detail::host_function<Value>;
+    using interceptor_ptr = std::shared_ptr<call_interceptor<Value>>;
+
+    struct entry {
+        std::string module, function;
+        bool is_export;
+        std::unique_ptr<function_base> f;
+    };
+    std::vector<entry> entries_;  // sorted by (is_export, module, function)
+    mutable detail::port::mutex m_;
+    interceptor_ptr interceptor_;           // m_
+    runtime_bridge* bridge_ = nullptr;      // m_
+    std::unique_ptr<runtime_bridge> own_;   // m_
+    detail::port::atomic<bool> intercepted_{false};
+    detail::port::atomic<std::uint64_t> next_id_{1};
+
+    static int compare(const entry& e, bool is_export, std::string_view module, std::string_view function) noexcept {
+        if (e.is_export != is_export) return e.is_export ? 1 : -1;
+        if (const int c = std::string_view(e.module).compare(module)) return c;
+        return std::string_view(e.function).compare(function);
+    }
+    std::size_t position(bool is_export, std::string_view module, std::string_view function) const noexcept {
+        std::size_t low = 0, high = entries_.size();
+        while (low < high) {
+            const std::size_t mid = low + (high - low) / 2;
+            if (compare(entries_[mid], is_export, module, function) < 0)
+                low = mid + 1;
+            else
+                high = mid;
+        }
+        return low;
+    }
+    function_base* find(const call_info& call) const noexcept {
+        const std::size_t i = position(call.is_export, call.module, call.function);
+        return i < entries_.size() && compare(entries_[i], call.is_export, call.module, call.function) == 0 ? entries_[i].f.get() : nullptr;
+    }
+    void add(bool is_export, std::string_view module, std::string_view function, std::unique_ptr<function_base> f) {
+        const std::size_t i = position(is_export, module, function);
+        if (i < entries_.size() && compare(entries_[i], is_export, module, function) == 0) {
+            entries_[i].f = std::move(f);
+            return;
+        }
+        entries_.insert(entries_.begin() + static_cast<std::ptrdiff_t>(i), entry{std::string(module), std::string(function), is_export, std::move(f)});
+    }
+    template <class F> static std::unique_ptr<function_base> plain(F&& f) {
+        using bare = std::decay_t<F>;
+        return std::make_unique<detail::plain_function<Value, bare>>(bare(std::forward<F>(f)));
+    }
+    template <class F> static std::unique_ptr<function_base> async(F&& f) {
+        using bare = std::decay_t<F>;
+        return std::make_unique<detail::async_function<Value, bare>>(bare(std::forward<F>(f)));
+    }
+    call_error unknown(const call_info& call) const {
+        bool module_known = call.is_export;
+        for (const entry& e : entries_) module_known = module_known || (!e.is_export && e.module == call.module);
+        return call_error(module_known ? call_errc::unknown_function : call_errc::unknown_module,
+                          detail::call_name(call) + (module_known ? ": no such function" : ": no such module"));
+    }
+    interceptor_ptr interceptor() const {
+        if (!intercepted_.load(std::memory_order_acquire)) return nullptr;
+        detail::port::unique_lock l(m_);
+        return interceptor_;
+    }
+    call_info make_info(bool is_export, std::string_view module, std::string_view function, std::uint64_t parent) noexcept {
+        call_info call;
+        call.id = next_id_.fetch_add(1, std::memory_order_relaxed);
+        call.parent = parent == inherit_parent ? detail::current_call() : parent;
+        call.module = module;
+        call.function = function;
+        call.is_export = is_export;
+        return call;
+    }
+    /// Tells the interceptor of a call that never got to its end.
+    struct guard {
+        call_interceptor<Value>* ic;
+        const call_info& call;
+        const Value& input;
+        guard(call_interceptor<Value>* i, const call_info& c, const Value& v) noexcept : ic(i), call(c), input(v) {}
+        guard(const guard&) = delete;
+        guard& operator=(const guard&) = delete;
+        ~guard() {
+            if (ic != nullptr) ic->on_abandoned(call, input);
+        }
+    };
+    struct before_result {
+        std::optional<Value> answer;
+        std::optional<call_error> error;
+        before_result() {}
+        before_result(before_result&&) = default;
+        before_result& operator=(before_result&&) = default;
+    };
+    static task<before_result> before(call_interceptor<Value>* ic, const call_info& call, const Value& input) {
+        before_result r;
+        const std::uint64_t outer = co_await detail::set_call_leaf(call.id);
+        RTB_DETAIL_TRY {
+            task<std::optional<Value>> hook = call.is_export ? ic->before_export(call, input) : ic->before_import(call, input);
+            r.answer = co_await hook;
+        }
+        RTB_DETAIL_CATCH_ALL { r.error = detail::thrown(call, "the before hook"); }
+        if (!r.error) r.error = ic->take_failure(call);
+        co_await detail::set_call_leaf(outer);
+        co_return r;
+    }
+    /// The after hook, or on_failure: what it did to the call.
+    static task<std::optional<call_error>> after(call_interceptor<Value>* ic, const call_info& call, const Value& input, const result& r) {
+        std::optional<call_error> error;
+        const std::uint64_t outer = co_await detail::set_call_leaf(call.id);
+        RTB_DETAIL_TRY {
+            if (!r) {
+                task<void> hook = ic->on_failure(call, input, r.error());
+                co_await hook;
+            } else {
+                task<void> hook = call.is_export ? ic->after_export(call, input, *r) : ic->after_import(call, input, *r);
+                co_await hook;
+            }
+        }
+        RTB_DETAIL_CATCH_ALL { error = detail::thrown(call, r ? "the after hook" : "the failure hook"); }
+        if (!error) error = ic->take_failure(call);
+        co_await detail::set_call_leaf(outer);
+        co_return error;
+    }
+    static task<result> run_async(function_base* f, const call_info& call, const Value& input) {
+        const std::uint64_t outer = co_await detail::set_call_leaf(call.id);
+        task<result> body = f->call_async(call, input);
+        result r = co_await body;
+        co_await detail::set_call_leaf(outer);
+        co_return r;
+    }
+    static task<result> whole(call_host* self, call_info call, const Value& input, interceptor_ptr ic) {
+        guard told(ic.get(), call, input);
+        function_base* f = self->find(call);
+        call.known = f != nullptr;
+        result r = rtb::unexpected(call_errc::closed);
+        before_result first;
+        if (ic) {
+            task<before_result> hook = before(ic.get(), call, input);
+            first = co_await hook;
+        }
+        if (first.error) {
+            r = rtb::unexpected(std::move(*first.error));
+        } else if (first.answer) {
+            r = std::move(*first.answer);
+        } else if (f == nullptr) {
+            r = rtb::unexpected(self->unknown(call));
+        } else if (f->is_async) {
+            task<result> body = run_async(f, call, input);
+            r = co_await body;
+        } else {
+            r = f->call(call, input);
+        }
+        if (ic) {
+            task<std::optional<call_error>> hook = after(ic.get(), call, input, r);
+            std::optional<call_error> spoilt = co_await hook;
+            if (spoilt) r = rtb::unexpected(std::move(*spoilt));
+        }
+        told.ic = nullptr;
+        co_return r;
+    }
+
+    expected<runtime_bridge*, call_error> bridge() {
+        detail::port::unique_lock l(m_);
+        if (bridge_ != nullptr) return bridge_;
+        auto made = runtime_bridge::create(runtime_bridge_options{.thread_name = "call-host"});
+        if (!made) return rtb::unexpected(call_error(call_errc::closed, "no bridge for synchronous calls: " + made.error().message()));
+        own_ = std::make_unique<runtime_bridge>(std::move(*made));
+        bridge_ = own_.get();
+        return bridge_;
+    }
+    static call_error from(const bridge_error& e, const call_info& call) {
+        const bool dead = e == bridge_errc::would_deadlock;
+        return call_error(dead ? call_errc::would_deadlock : call_errc::closed, detail::call_name(call) + ": " + e.what(), e.cause());
+    }
+    result call_sync(bool is_export, std::string_view module, std::string_view function, const Value& input, std::uint64_t parent) {
+        {
+            detail::port::unique_lock l(m_);
+            if (bridge_ != nullptr && bridge_->on_worker()) return rtb::unexpected(call_errc::would_deadlock);
+        }
+        const interceptor_ptr ic = interceptor();
+        call_info call = make_info(is_export, module, function, parent);
+        function_base* f = find(call);
+        call.known = f != nullptr;
+        if (!ic && f == nullptr) return rtb::unexpected(unknown(call));
+        if (!ic && !f->is_async) return f->call(call, input);
+        expected<runtime_bridge*, call_error> b = bridge();
+        if (!b) return rtb::unexpected(std::move(b).error());
+        if (f != nullptr && f->is_async) {  // everything on the bridge, in one go
+            auto r = (*b)->block_on(whole(this, call, input, ic));
+            if (!r) return rtb::unexpected(from(r.error(), call));
+            return std::move(*r);
+        }
+        guard told(ic.get(), call, input);
+        auto first = (*b)->block_on(before(ic.get(), call, input));
+        if (!first) return rtb::unexpected(from(first.error(), call));
+        result r = rtb::unexpected(call_errc::closed);
+        if (first->error)
+            r = rtb::unexpected(std::move(*first->error));
+        else if (first->answer)
+            r = std::move(*first->answer);
+        else if (f == nullptr)
+            r = rtb::unexpected(unknown(call));
+        else
+            r = f->call(call, input);
+        auto last = (*b)->block_on(after(ic.get(), call, input, r));
+        if (!last) return rtb::unexpected(from(last.error(), call));
+        told.ic = nullptr;
+        if (*last) return rtb::unexpected(std::move(**last));
+        return r;
+    }
+
+    /// An async call as an operation. Without an interceptor, a plain function runs right here, without a task.
+    class call_leaf {
+        call_host* host_;
+        call_info call_;
+        Value input_;
+        std::uint64_t parent_;
+        std::optional<result> done_;
+        interceptor_ptr ic_;
+        std::optional<detail::all_leaf<detail::task_arm<result>>> slow_;
+        bool begun_ = false;
+
+        bool begin() {
+            if (std::exchange(begun_, true)) return done_.has_value();
+            const call_info names = call_;
+            call_ = host_->make_info(names.is_export, names.module, names.function, parent_);
+            ic_ = host_->interceptor();
+            function_base* f = host_->find(call_);
+            if (!ic_ && f == nullptr) done_.emplace(rtb::unexpected(host_->unknown(call_)));
+            if (!ic_ && f != nullptr && !f->is_async) done_.emplace(f->call(call_, input_));
+            return done_.has_value();
+        }
+
+    public:
+        using rtb_leaf = void;
+        call_leaf(call_host* host, bool is_export, std::string_view module, std::string_view function, Value input, std::uint64_t parent)
+            : host_(host), input_(std::move(input)), parent_(parent) {
+            call_.is_export = is_export;
+            call_.module = module;
+            call_.function = function;
+        }
+        call_leaf(call_leaf&& o) noexcept(std::is_nothrow_move_constructible_v<Value>)
+            : host_(o.host_), call_(o.call_), input_(std::move(o.input_)), parent_(o.parent_) {}
+        bool ready(detail::sched_core*) { return begin(); }
+        bool suspend(detail::runnable* target) {
+            if (begin()) return false;
+            slow_.emplace(detail::task_arm<result>(whole(host_, call_, input_, std::move(ic_))));
+            return slow_->suspend(target);
+        }
+        detail::frame_base* live_chain() const noexcept { return slow_ ? slow_->live_chain() : nullptr; }
+        result resume() {
+            if (done_) return std::move(*done_);
+            return std::get<0>(slow_->resume());
+        }
+    };
+
+public:
+    /// Registers functions of one module; every member returns *this.
+    class module_builder {
+        call_host* host_;
+        std::string module_;
+
+    public:
+        module_builder(call_host* host, std::string_view module) : host_(host), module_(module) {}
+        /// A plain function.
+        template <class F> module_builder& func(std::string_view function, F&& f) {
+            host_->add(false, module_, function, plain(std::forward<F>(f)));
+            return *this;
+        }
+        /// A plain function that returns expected<R, E>: E is a value of the guest's world, the call is a success.
+        template <class F> module_builder& func_result(std::string_view function, F&& f) {
+            static_assert(detail::is_expected<std::remove_cvref_t<typename detail::signature<std::decay_t<F>>::result>>,
+                          "func_result takes a function that returns rtb::expected");
+            return func(function, std::forward<F>(f));
+        }
+        /// A coroutine: a function that returns task<R>.
+        template <class F> module_builder& func_async(std::string_view function, F&& f) {
+            host_->add(false, module_, function, async(std::forward<F>(f)));
+            return *this;
+        }
+        /// A coroutine that returns task<expected<R, E>>, as func_result.
+        template <class F> module_builder& func_async_result(std::string_view function, F&& f) {
+            static_assert(detail::is_expected<typename detail::signature<std::decay_t<F>>::result::value_type>,
+                          "func_async_result takes a coroutine that returns rtb::task<rtb::expected<R, E>>");
+            return func_async(function, std::forward<F>(f));
+        }
+        module_builder module(std::string_view name) { return module_builder(host_, name); }
+    };
+
+    call_host() = default;
+    call_host(const call_host&) = delete;
+    call_host& operator=(const call_host&) = delete;
+
+    module_builder module(std::string_view name) { return module_builder(this, name); }
+    template <class F> call_host& exports(std::string_view function, F&& f) {
+        add(true, {}, function, plain(std::forward<F>(f)));
+        return *this;
+    }
+    template <class F> call_host& exports_async(std::string_view function, F&& f) {
+        add(true, {}, function, async(std::forward<F>(f)));
+        return *this;
+    }
+    /// nullptr removes it. Calls in flight keep the one that they began with.
+    void set_interceptor(interceptor_ptr ic) {
+        detail::port::unique_lock l(m_);
+        intercepted_.store(ic != nullptr, std::memory_order_release);
+        interceptor_.swap(ic);
+    }
+    /// The bridge for synchronous calls; without it the host makes its own on the first one that needs it.
+    void set_bridge(runtime_bridge& b) {
+        detail::port::unique_lock l(m_);
+        bridge_ = &b;
+    }
+    result call_import(std::string_view module, std::string_view function, const Value& input, std::uint64_t parent = inherit_parent) {
+        return call_sync(false, module, function, input, parent);
+    }
+    result call_export(std::string_view function, const Value& input, std::uint64_t parent = inherit_parent) {
+        return call_sync(true, {}, function, input, parent);
+    }
+    /// co_await host.call_import_async(...): expected<Value, call_error>.
+    call_leaf call_import_async(std::string_view module, std::string_view function, Value input, std::uint64_t parent = inherit_parent) {
+        return call_leaf(this, false, module, function, std::move(input), parent);
+    }
+    call_leaf call_export_async(std::string_view function, Value input, std::uint64_t parent = inherit_parent) {
+        return call_leaf(this, true, {}, function, std::move(input), parent);
+    }
+    /// The id of the call that the running code works for, 0 if none: a parent to pass on where it does not travel by itself.
+    static std::uint64_t current_call() noexcept { return detail::current_call(); }
+};
+
+// ---- recording ----
+/// One recorded call: its output, or its error, or neither if it was not over when the log was taken.
+template <class Value> struct call_record {
+    std::uint64_t id = 0, parent = 0;
+    std::string module, function;
+    bool is_export = false;
+    Value input;
+    std::optional<Value> output{};
+    std::optional<call_error> error{};
+    std::uint64_t began = 0, ended = 0;  // logical times within the log; ended 0: not over
+};
+
+/// Calls in the order in which they began. Thread-safe while it is recorded into; operator[] is for afterwards.
+///
+/// Binary form, little endian: "RTBCALL1", u32 version 1, u32 count, then per record u32 length and: u64 id, parent, began, ended;
+/// u8 flags (1 export, 2 output, 4 error); module, function, input, [output], [u32 code, text]; strings and values as u32 length
+/// + bytes. A recording may hold secrets, and is not authenticated.
+template <class Value> class call_log {
+    mutable detail::port::mutex m_;
+    std::vector<std::unique_ptr<call_record<Value>>> records_;  // m_
+    std::uint64_t time_ = 0;                                    // m_
+
+    static void put(std::vector<std::byte>& out, std::uint64_t v, int bytes) {
+        for (int i = 0; i < bytes; ++i) out.push_back(static_cast<std::byte>(v >> (8 * i)));
+    }
+    static void put_bytes(std::vector<std::byte>& out, const void* p, std::size_t n) {
+        put(out, n, 4);
+        const auto* b = static_cast<const std::byte*>(p);
+        out.insert(out.end(), b, b + n);
+    }
+    static void put_value(std::vector<std::byte>& out, const Value& v) {
+        std::vector<std::byte> bytes;
+        value_traits<Value>::write(bytes, v);
+        put_bytes(out, bytes.data(), bytes.size());
+    }
+    struct cursor {  // reads from a hostile span: every length is checked against what is left before it is used
+        std::span<const std::byte> left;
+        bool ok = true;
+        std::uint64_t number(std::size_t bytes) noexcept {
+            if (left.size() < bytes) return ok = false, 0;
+            std::uint64_t v = 0;
+            for (std::size_t i = 0; i < bytes; ++i) v |= std::uint64_t{static_cast<unsigned char>(left[i])} << (8 * i);
+            left = left.subspan(bytes);
+            return v;
+        }
+        std::span<const std::byte> bytes() noexcept {
+            const std::uint64_t n = number(4);
+            if (!ok || n > left.size()) return ok = false, std::span<const std::byte>();
+            const auto s = left.first(static_cast<std::size_t>(n));
+            left = left.subspan(static_cast<std::size_t>(n));
+            return s;
+        }
+        std::string text() {
+            const auto s = bytes();
+            return std::string(reinterpret_cast<const char*>(s.data()), s.size());
+        }
+        std::optional<Value> value() {
+            const auto s = bytes();
+            std::optional<Value> v;
+            if (ok) v = value_traits<Value>::read(s);
+            if (!v) ok = false;
+            return v;
+        }
+    };
+    static constexpr char k_magic[9] = "RTBCALL1";
+    static constexpr std::size_t k_least = 4 + 32 + 1 + 12;  // the smallest record
+
+public:
+    static constexpr std::uint32_t version = 1;
+    call_log() = default;
+    call_log(call_log&& o) noexcept : records_(std::move(o.records_)), time_(o.time_) {}
+    call_log& operator=(call_log&& o) noexcept {
+        records_ = std::move(o.records_);
+        time_ = o.time_;
+        return *this;
+    }
+    std::size_t size() const noexcept {
+        detail::port::unique_lock l(m_);
+        return records_.size();
+    }
+    const call_record<Value>& operator[](std::size_t i) const noexcept {
+        detail::port::unique_lock l(m_);
+        return *records_[i];
+    }
+    void push_back(call_record<Value> r) {
+        auto p = std::make_unique<call_record<Value>>(std::move(r));
+        detail::port::unique_lock l(m_);
+        time_ = (std::max)(time_, (std::max)(p->began, p->ended));
+        records_.push_back(std::move(p));
+    }
+    void begin(const call_info& call, const Value& input) {
+        auto p = std::make_unique<call_record<Value>>(
+            call_record<Value>{call.id, call.parent, std::string(call.module), std::string(call.function), call.is_export, input});
+        detail::port::unique_lock l(m_);
+        p->began = ++time_;
+        records_.push_back(std::move(p));
+    }
+    void end(const call_info& call, std::optional<Value> output, std::optional<call_error> error) noexcept {
+        detail::port::unique_lock l(m_);
+        for (std::size_t i = records_.size(); i-- > 0;) {  // the latest: ids of several hosts may meet in one log
+            call_record<Value>& r = *records_[i];
+            if (r.id != call.id || r.ended != 0) continue;
+            r.output = std::move(output);
+            r.error = std::move(error);
+            r.ended = ++time_;
+            return;
+        }
+    }
+    /// Appends the binary form.
+    void write(std::vector<std::byte>& out) const {
+        detail::port::unique_lock l(m_);
+        for (int i = 0; i < 8; ++i) out.push_back(static_cast<std::byte>(k_magic[i]));
+        put(out, version, 4);
+        put(out, records_.size(), 4);
+        for (const auto& p : records_) {
+            std::vector<std::byte> body;
+            put(body, p->id, 8), put(body, p->parent, 8), put(body, p->began, 8), put(body, p->ended, 8);
+            put(body, (p->is_export ? 1u : 0u) | (p->output ? 2u : 0u) | (p->error ? 4u : 0u), 1);
+            put_bytes(body, p->module.data(), p->module.size());
+            put_bytes(body, p->function.data(), p->function.size());
+            put_value(body, p->input);
+            if (p->output) put_value(body, *p->output);
+            if (p->error) {
+                const std::string_view text = p->error->what();
+                put(body, static_cast<std::uint32_t>(p->error->code()), 4);
+                put_bytes(body, text.data(), text.size());
+            }
+            put_bytes(out, body.data(), body.size());
+        }
+    }
+    /// Reads the binary form from untrusted bytes. Errors   `conversion`, with the offset. Memory is bounded by the input's size.
+    static expected<call_log, call_error> read(std::span<const std::byte> in) {
+        cursor c{in};
+        const auto bad = [&](const char* what, std::span<const std::byte> left) {
+            return rtb::unexpected(call_error(call_errc::conversion, "recording: " + std::string(what) + " at byte " +
+                                                                         std::to_string(static_cast<std::size_t>(left.data() - in.data()))));
+        };
+        for (int i = 0; i < 8; ++i)
+            if (c.number(1) != static_cast<unsigned char>(k_magic[i]) || !c.ok) return bad("not a recording", in);
+        const std::uint64_t v = c.number(4), count = c.number(4);
+        if (!c.ok) return bad("truncated header", c.left);
+        if (v != version) return bad("unknown version", in);
+        if (count > c.left.size() / k_least) return bad("more records than bytes", c.left);
+        call_log log;
+        log.records_.reserve(static_cast<std::size_t>(count));
+        for (std::uint64_t i = 0; i < count; ++i) {
+            const auto at = c.left;
+            cursor r{c.bytes()};
+            if (!c.ok) return bad("truncated record", at);
+            const std::uint64_t id = r.number(8), parent = r.number(8), began = r.number(8), ended = r.number(8), flags = r.number(1);
+            std::string module = r.text(), function = r.text();
+            std::optional<Value> input = r.value();
+            if (!r.ok || flags > 7 || (flags & 6u) == 6u) return bad("malformed record", at);
+            auto p = std::make_unique<call_record<Value>>(call_record<Value>{id, parent, std::move(module), std::move(function), (flags & 1u) != 0,
+                                                                            std::move(*input)});
+            p->began = began;
+            p->ended = ended;
+            if ((flags & 2u) != 0) p->output = r.value();
+            if ((flags & 4u) != 0) {
+                const std::uint64_t code = r.number(4);
+                std::string text = r.text();
+                if (code < 1 || code > static_cast<std::uint64_t>(call_errc::closed)) r.ok = false;
+                if (r.ok) p->error = call_error(static_cast<call_errc>(code), std::move(text));
+            }
+            if (!r.ok || !r.left.empty()) return bad("malformed record", at);
+            log.time_ = (std::max)(log.time_, (std::max)(began, ended));
+            log.records_.push_back(std::move(p));
+        }
+        if (!c.left.empty()) return bad("bytes after the last record", c.left);
+        return log;
+    }
+};
+
+/// Records every call, into a log or into a channel. The channel form holds the producer: a call returns when its record was
+/// accepted, and fails with `closed` once the receiver is gone.
+/// A call that is destroyed half-way is recorded with `closed`.
+template <class Value> class recording_interceptor : public call_interceptor<Value> {
+    std::shared_ptr<call_log<Value>> log_;
+    std::optional<sender<call_record<Value>>> tx_;
+    detail::port::atomic<std::uint64_t> time_{0};
+
+    call_record<Value> record(const call_info& call, const Value& input) {
+        return call_record<Value>{call.id, call.parent, std::string(call.module), std::string(call.function), call.is_export, input};
+    }
+    task<void> done(const call_info& call, const Value& input, std::optional<Value> output, std::optional<call_error> error) {
+        if (log_) {
+            log_->end(call, std::move(output), std::move(error));
+            co_return;
+        }
+        call_record<Value> r = record(call, input);
+        r.output = std::move(output);
+        r.error = std::move(error);
+        r.ended = time_.fetch_add(1, std::memory_order_relaxed) + 1;
+        expected<void, send_error<call_record<Value>>> sent = co_await tx_->send(std::move(r));
+        if (!sent) this->fail(call, call_error(call_errc::closed, detail::call_name(call) + ": the receiver of the recording is gone"));
+    }
+    task<std::optional<Value>> begun(const call_info& call, const Value& input) {
+        if (log_) log_->begin(call, input);
+        co_return std::nullopt;
+    }
+
+public:
+    explicit recording_interceptor(std::shared_ptr<call_log<Value>> log) : log_(std::move(log)) {}
+    explicit recording_interceptor(sender<call_record<Value>> tx) : tx_(std::move(tx)) {}
+    task<std::optional<Value>> before_import(const call_info& call, const Value& input) override { return begun(call, input); }
+    task<std::optional<Value>> before_export(const call_info& call, const Value& input) override { return begun(call, input); }
+    task<void> after_import(const call_info& call, const Value& input, const Value& output) override {
+        return done(call, input, output, std::nullopt);
+    }
+    task<void> after_export(const call_info& call, const Value& input, const Value& output) override {
+        return done(call, input, output, std::nullopt);
+    }
+    task<void> on_failure(const call_info& call, const Value& input, const call_error& error) override {
+        return done(call, input, std::nullopt, error);
+    }
+    void on_abandoned(const call_info& call, const Value& input) noexcept override {
+        RTB_DETAIL_TRY {
+            if (log_) {
+                log_->end(call, std::nullopt, call_error(call_errc::closed));
+            } else {
+                call_record<Value> r = record(call, input);
+                r.error = call_error(call_errc::closed);
+                static_cast<void>(tx_->try_send(std::move(r)));
+            }
+        }
+        RTB_DETAIL_CATCH_ALL { detail::log(log_level::warning, "an abandoned call could not be recorded"); }
+    }
+};
+
+/// strict: every difference is an error. lenient: a call that is not in the recording runs for real.
+enum class replay_mode { strict, lenient };
+
+/// Answers imports from a recording, without running them; exports run (and their output is compared), unless the host does
+/// not have them: then they are answered too, with everything that they called.
+///
+/// A call is paired with the first unused record of the same parent, kind, module, function and equal input; ids are labels.
+/// strict: also `diverged`, naming both sides, for a call that is not recorded, has other arguments, gives another output,
+/// or comes before a call of the same parent that in the recording was over before it began. Recorded errors come back with
+/// their category and text.
+template <class Value> class replay_interceptor : public call_interceptor<Value> {
+    const std::shared_ptr<const call_log<Value>> log_;
+    const replay_mode mode_;
+    mutable detail::port::mutex m_;
+    std::vector<bool> used_;                                        // m_
+    std::vector<std::pair<std::uint64_t, std::size_t>> live_;       // m_: running calls and their records
+    static constexpr std::size_t k_none = ~std::size_t{0};
+
+    static std::string name_of(const call_record<Value>& r, std::size_t i) {
+        return (r.is_export ? "export " : "import ") + (r.is_export ? "" : r.module + ".") + r.function + " (record " + std::to_string(i) + ")";
+    }
+    void mark_children(std::uint64_t id) {  // m_; a loop over levels: the log may come from anywhere
+        std::vector<std::uint64_t> parents{id};
+        while (!parents.empty()) {
+            const std::uint64_t parent = parents.back();
+            parents.pop_back();
+            for (std::size_t i = 0; i < used_.size(); ++i)
+                if (!used_[i] && (*log_)[i].parent == parent && (*log_)[i].id != parent) {
+                    used_[i] = true;
+                    parents.push_back((*log_)[i].id);
+                }
+        }
+    }
+    /// The record of this call, k_none if there is none; `why` says what is wrong in strict mode.
+    std::size_t match(const call_info& call, const Value& input, std::string& why) {
+        detail::port::unique_lock l(m_);
+        std::uint64_t parent = 0;
+        if (call.parent != 0) {
+            parent = ~std::uint64_t{0};  // its parent is not recorded: neither is it
+            for (const auto& [id, i] : live_)
+                if (id == call.parent) parent = (*log_)[i].id;
+        }
+        std::size_t found = k_none, other_input = k_none, next = k_none;
+        for (std::size_t i = 0; i < used_.size() && found == k_none; ++i) {
+            const call_record<Value>& r = (*log_)[i];
+            if (used_[i] || r.parent != parent) continue;
+            if (next == k_none) next = i;
+            if (r.is_export != call.is_export || r.module != call.module || r.function != call.function) continue;
+            if (r.input == input)
+                found = i;
+            else if (other_input == k_none)
+                other_input = i;
+        }
+        why = detail::call_name(call);
+        if (found == k_none) {
+            if (other_input != k_none)
+                why += ": called with other arguments than " + name_of((*log_)[other_input], other_input);
+            else if (next != k_none)
+                why += ": not in the recording, which goes on with " + name_of((*log_)[next], next);
+            else
+                why += ": not in the recording, which has no further call here";
+            return k_none;
+        }
+        if (mode_ == replay_mode::strict && next != found) {
+            const call_record<Value>& due = (*log_)[next];
+            if (due.ended != 0 && due.ended < (*log_)[found].began) {
+                why += ": called too early, the recording has " + name_of(due, next) + " before it";
+                return k_none;
+            }
+        }
+        used_[found] = true;
+        live_.emplace_back(call.id, found);
+        why.clear();
+        return found;
+    }
+    task<std::optional<Value>> answer(const call_info& call, const Value& input) {
+        std::string why;
+        const std::size_t i = match(call, input, why);
+        if (i == k_none) {
+            if (mode_ == replay_mode::strict) this->fail(call, call_error(call_errc::diverged, std::move(why)));
+            co_return std::nullopt;
+        }
+        const call_record<Value>& r = (*log_)[i];
+        if (call.is_export && call.known) co_return std::nullopt;  // the guest runs; what it calls is answered
+        {
+            detail::port::unique_lock l(m_);
+            mark_children(r.id);
+        }
+        if (r.output) co_return *r.output;
+        this->fail(call, r.error ? *r.error : call_error(call_errc::closed, detail::call_name(call) + ": was not over when it was recorded"));
+        co_return std::nullopt;
+    }
+    std::size_t leave(const call_info& call) {
+        detail::port::unique_lock l(m_);
+        for (std::size_t k = 0; k < live_.size(); ++k)
+            if (live_[k].first == call.id) {
+                const std::size_t i = live_[k].second;
+                live_.erase(live_.begin() + static_cast<std::ptrdiff_t>(k));
+                return i;
+            }
+        return k_none;
+    }
+    task<void> over(const call_info& call, const Value* output) {
+        const std::size_t i = leave(call);
+        if (i == k_none || mode_ == replay_mode::lenient) co_return;
+        const call_record<Value>& r = (*log_)[i];
+        const bool same = output != nullptr ? r.output && *r.output == *output : !r.output;
+        if (!same)
+            this->fail(call, call_error(call_errc::diverged, detail::call_name(call) + ": ended otherwise than " + name_of(r, i)));
+    }
+
+public:
+    explicit replay_interceptor(std::shared_ptr<const call_log<Value>> log, replay_mode mode = replay_mode::strict)
+        : log_(std::move(log)), mode_(mode), used_(log_->size()) {}
+    task<std::optional<Value>> before_import(const call_info& call, const Value& input) override { return answer(call, input); }
+    task<std::optional<Value>> before_export(const call_info& call, const Value& input) override { return answer(call, input); }
+    task<void> after_import(const call_info& call, const Value&, const Value& output) override { return over(call, &output); }
+    task<void> after_export(const call_info& call, const Value&, const Value& output) override { return over(call, &output); }
+    task<void> on_failure(const call_info& call, const Value&, const call_error&) override { return over(call, nullptr); }
+    void on_abandoned(const call_info& call, const Value&) noexcept override { static_cast<void>(leave(call)); }
+    /// Were all recorded calls made? `diverged` names the first that was not.
+    expected<void, call_error> finish() const {
+        detail::port::unique_lock l(m_);
+        for (std::size_t i = 0; i < used_.size(); ++i)
+            if (!used_[i]) return rtb::unexpected(call_error(call_errc::diverged, name_of((*log_)[i], i) + " was recorded but not made"));
+        return {};
+    }
+};
+
+}  // inline namespace
+}  // namespace rtb
+
+namespace std {
+template <> struct is_error_code_enum<::rtb::call_errc> : true_type {};
 }  // namespace std
 
 // ---------------------------------------------------------------------------------------------------------------------
