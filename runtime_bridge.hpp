@@ -494,6 +494,12 @@ inline time_point deadline_after(time_point now, duration d) noexcept {
     if (d >= (time_point::max)() - (now > time_point{} ? now : time_point{})) return never;
     return now + d;
 }
+/// to - from, saturating; zero if `to` is not later.
+inline duration elapsed(time_point from, time_point to) noexcept {
+    if (to <= from) return duration::zero();
+    const std::uint64_t d = static_cast<std::uint64_t>(to.time_since_epoch().count()) - static_cast<std::uint64_t>(from.time_since_epoch().count());
+    return d > static_cast<std::uint64_t>((duration::max)().count()) ? (duration::max)() : duration(static_cast<clock::rep>(d));
+}
 }  // namespace detail
 
 /// Replaces the log handler; nullptr silences the library. The default prints warnings and errors to stderr.
@@ -1463,7 +1469,7 @@ struct sched_core : immovable {
     /// In a forked child the worker does not exist, and the parent's threads may have held any of its locks.
     bool out_of_reach() const noexcept { return on_worker && forked(); }
     std::uint64_t age_ms(time_point t) const noexcept {
-        return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(t - made).count()) & k_age_mask;
+        return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(elapsed(made, t)).count()) & k_age_mask;
     }
     static constexpr std::uint64_t k_age_mask = (std::uint64_t{1} << 44) - 1;
     // Counters have one writer, the loop: relaxed load + store, no locked instruction.
@@ -1611,6 +1617,10 @@ struct sched_core : immovable {
             s->run(s);
         }
     }
+    // The state bit is there before the request comes through the inbox: a cancelled root passes no suspension point.
+    static bool is_cancelled(const frame_base* root) noexcept {
+        return root->cancel || (root->state.load(std::memory_order_acquire) & frame_base::k_cancel) != 0;
+    }
     bool spend() noexcept { return --budget > 0; }
     bool stopping() const noexcept { return stop_flag.load(std::memory_order_relaxed); }
 
@@ -1708,7 +1718,7 @@ inline void sched_core::run_chain(runnable* r) {
         root->has_deadline = false;
         if (clock::now() >= root->start_deadline()) root->cancel = true;
     }
-    if (root->cancel) {
+    if (is_cancelled(root)) {
         c->destroy_root(root);
         return;
     }
@@ -1752,7 +1762,7 @@ inline void sched_core::take_turn(frame_base* root) {
         finish(root);
         return;
     }
-    if (root->cancel)
+    if (is_cancelled(root))
         destroy_root(root);
     else if (!root->queued && root->is_root)
         waiting.push_back(root);
@@ -3270,9 +3280,10 @@ class interval {
         const time_point due = next_.value_or(now);
         const duration tolerance = (std::min)(duration(std::chrono::milliseconds(5)), period_ / 2);
         time_point next = detail::deadline_after(due, period_);
-        if (now - due > tolerance) {
+        const duration late = detail::elapsed(due, now);
+        if (late > tolerance) {
             if (missed_ == missed_tick::delay) next = detail::deadline_after(now, period_);
-            if (missed_ == missed_tick::skip) next = detail::deadline_after(now, period_ - (now - due) % period_);
+            if (missed_ == missed_tick::skip) next = detail::deadline_after(now, period_ - late % period_);
         }
         next_ = next;
         return due;
@@ -4838,7 +4849,10 @@ protected:
             if (i != keep && keep != k_count) arm.reset();
         });
         core->forget(this);
-        core->run_next(target_);
+        if (core->spend())
+            core->run_next(target_);
+        else
+            core->make_ready(target_);
     }
     bool failed_arm(std::size_t i) const noexcept {
         bool failed = false;
@@ -5006,7 +5020,7 @@ public:
     result resume() {
         if (any_.winner() == 1) {
             if constexpr (std::is_same_v<result, R>)
-                return rtb::unexpected(R::error_type::errc_type::timed_out);
+                return rtb::unexpected(typename R::error_type(R::error_type::errc_type::timed_out));
             else
                 return rtb::unexpected(timed_out{});
         }
