@@ -1970,7 +1970,7 @@ inline void sched_core::park(time_point limit) noexcept {
         auto has_work = [this] { return inbox_flag.load(std::memory_order_acquire); };
         if (park_spin.wait(options.spin, until, has_work)) return;
         port::unique_lock l(m);
-        if (inbox_flag.load(std::memory_order_relaxed)) return;
+        if (inbox_flag.load(std::memory_order_relaxed) || stopping()) return;  // a stop may have been drained with the rest
         parked = true;
         if (until == never)
             cv.wait(l);
@@ -1981,7 +1981,7 @@ inline void sched_core::park(time_point limit) noexcept {
     }
     {
         port::unique_lock l(m);
-        if (inbox_flag.load(std::memory_order_relaxed)) return;
+        if (inbox_flag.load(std::memory_order_relaxed) || stopping()) return;
         parked = true;
     }
     RTB_DETAIL_TRY {
