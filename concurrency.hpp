@@ -1336,7 +1336,7 @@ struct sched_core : immovable {
     port::atomic<unsigned> refs{1};
     scheduler* owner = nullptr;
     scheduler_options options;
-    bool on_worker = false;  // a thread of the library runs it: nobody pumps it from outside
+    bool on_worker = false;  // a thread of the library runs it: nobody pumps it from outside, not even before it begins
     time_point made;  // on its own clock
     unsigned fork_mark = port::fork_generation();
 
@@ -1356,6 +1356,7 @@ struct sched_core : immovable {
     // -- who runs it --
     port::atomic<port::thread_id> runner{port::thread_id{}};
     port::atomic<port::thread_id> home{port::this_thread_id()};
+    port::atomic<port::thread_id> worker_id{port::thread_id{}};  // on_worker: the only thread that may run it
 
     // -- loop: the thread that runs it, or destroys it --
     list<runnable> ready, starting, pass, waiting;
@@ -1634,6 +1635,7 @@ public:
     explicit run_scope(sched_core* c) noexcept {
         port::thread_id nobody{};
         const port::thread_id me = port::this_thread_id();
+        if (c->on_worker && c->worker_id.load(std::memory_order_relaxed) != me) return;
         if (!c->runner.compare_exchange_strong(nobody, me, std::memory_order_acq_rel, std::memory_order_relaxed)) return;
         mine_ = true;
         c->home.store(me, std::memory_order_relaxed);
@@ -3268,10 +3270,13 @@ struct worker : immovable {
         port::watch_forks();
         core()->fork_mark = port::fork_generation();
         core()->on_worker = true;
-        return thread.start([](void* self) { static_cast<worker*>(self)->main(); }, this);
+        const std::error_code error = thread.start([](void* self) { static_cast<worker*>(self)->main(); }, this);
+        if (error) core()->on_worker = false;
+        return error;
     }
     void main() {
         port::name_this_thread(core()->options.name.c_str());
+        core()->worker_id.store(port::this_thread_id(), std::memory_order_relaxed);
         struct ending {  // also when a forced unwind tears the thread down
             worker* w;
             ~ending() {
@@ -4704,7 +4709,12 @@ public:
             leaf_arm* self = static_cast<leaf_arm*>(r);
             self->owner_->arm_done(self->index_);
         };
-        return leaf_->ready(core) || !leaf_->suspend(this) ? arm_state::done : arm_state::waiting;
+        if (leaf_->ready(core)) return arm_state::done;
+        // A combinator as an arm starts its own arms before our owner goes on with the next of its arms.
+        constexpr bool nested = requires(const L& l) { l.live_chain(); };
+        if constexpr (nested) core->run_next(owner);
+        if (!leaf_->suspend(this)) return arm_state::done;
+        return nested ? arm_state::running : arm_state::waiting;
     }
     bool failed() const noexcept {
         if constexpr (requires(const L& l) { l.failed(); })
