@@ -2724,6 +2724,14 @@ inline void unregister_joiner(frame_base* f, runnable* r) noexcept {
 }  // namespace detail
 
 namespace detail {
+struct joiner_guard : immovable {  // also when a forced unwind tears the wait down
+    frame_base* f;
+    blocker* b;
+    joiner_guard(frame_base* frame, blocker* waiter) noexcept : f(frame), b(waiter) {}
+    ~joiner_guard() {
+        if (!b->is_done()) unregister_joiner(f, b);
+    }
+};
 /// Waits until a root is over. Inside a run of its scheduler: would_deadlock. On the home thread of a scheduler that nobody
 /// runs: runs it. Else: blocks.
 inline wait_end wait_for_root(frame_base* f, time_point until) {
@@ -2738,7 +2746,9 @@ inline wait_end wait_for_root(frame_base* f, time_point until) {
         run_scope scope(c);
         if (scope) {
             std::size_t steps = 0;
-            if (!register_joiner(f, &b) || c->pump([&b] { return b.is_done(); }, until, steps)) return wait_end::done;
+            if (!register_joiner(f, &b)) return wait_end::done;
+            const joiner_guard registered(f, &b);
+            if (c->pump([&b] { return b.is_done(); }, until, steps)) return wait_end::done;
             return give_up(until != never && clock::now() >= until ? wait_end::timed_out : wait_end::would_deadlock);
         }
     }
@@ -2963,6 +2973,7 @@ public:
         detail::frame_base* f = detail::handle_access::frame(handle);
         detail::blocker b;
         if (!detail::register_joiner(f, &b)) return detail::handle_access::take<T>(handle);
+        const detail::joiner_guard registered(f, &b);
         std::size_t steps = 0;
         const bool finished = core_->pump([&b] { return b.is_done(); }, detail::never, steps);
         if (!finished) {
@@ -5019,7 +5030,7 @@ template <class A> auto with_timeout(duration d, A&& a) {
 /// Structured concurrency: tasks that can't outlive the group.
 ///
 /// co_await group.join() waits for all of them; the first failure cancels the rest, and is rethrown once all are gone. The
-/// destructor destroys what still runs.
+/// destructor destroys what still runs; a failure that no join() reported goes to on_unhandled then.
 /// Threads   the scheduler's. Allocates one small node per task, besides the task.
 class task_group : detail::immovable {
     struct child : detail::link, detail::completion_hook {
@@ -5088,6 +5099,7 @@ public:
             else
                 core_->destroy_root(c->root);
         }
+        if (failure_) core_->report_unhandled(std::move(failure_), "(task group)");  // nobody joined
     }
     template <detail::work A>
     auto spawn(A&& a, spawn_options options = {}, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE())
