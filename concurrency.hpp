@@ -1298,7 +1298,8 @@ class blocker : public runnable {
     port::atomic<int> state_{waiting};
     port::mutex m_;
     port::condition_variable cv_;
-    bool woken_ = false;  // m_
+    bool woken_ = false;   // m_
+    bool parked_ = false;  // the waiter's: state_ was set to `parked`
 
     void set() noexcept;
 
@@ -1312,12 +1313,13 @@ public:
     /// False: the time is over. The caller then unregisters under the primitive's lock; if it was signalled meanwhile,
     /// is_done() is true after that.
     bool wait(spin_state& spin, duration bound, time_point until) noexcept {
-        if (is_done() || spin.wait(bound, until, [this] { return is_done(); })) return true;
+        // Once parked, only woken_ counts: the setter that saw `parked` still has m_ to take.
+        if (!parked_ && (is_done() || spin.wait(bound, until, [this] { return is_done(); }))) return true;
         port::unique_lock l(m_);
         int expected_state = waiting;
         // sync: acquire on failure pairs with the release in set(): the result is visible.
-        if (!state_.compare_exchange_strong(expected_state, parked, std::memory_order_acq_rel, std::memory_order_acquire) && expected_state == done)
-            return true;  // parked already: an earlier wait() ran out of time
+        if (!parked_ && !state_.compare_exchange_strong(expected_state, parked, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+        parked_ = true;
         while (!woken_) {
             if (until == never) {
                 cv_.wait(l);
