@@ -5939,7 +5939,7 @@ std::optional<std::tuple<P...>> arguments_from(const call_info& call, const Valu
                                                std::tuple<P...>*, std::index_sequence<I...>) {
     static_assert(sizeof...(P) < 2 || requires(const Value& v) { value_traits<Value>::element(v, std::size_t{}); },
                   "functions of several parameters need value_traits<Value>::element");
-    const auto convert = [&]<class A>(std::size_t i, std::optional<A>* to) {
+    [[maybe_unused]] const auto convert = [&]<class A>(std::size_t i, std::optional<A>* to) {
         if (error) return;
         RTB_DETAIL_TRY { *to = argument_from<Value, A>(input, i, sizeof...(P)); }
         RTB_DETAIL_CATCH_ALL {
@@ -6321,8 +6321,8 @@ template <class Value> class call_host {
 
     public:
         using rtb_leaf = void;
-        call_leaf(call_host* host, bool is_export, std::string_view module, std::string_view function, Value input, std::uint64_t parent)
-            : host_(host), input_(std::move(input)), parent_(parent) {
+        call_leaf(call_host* h, bool is_export, std::string_view module, std::string_view function, Value input, std::uint64_t parent)
+            : host_(h), input_(std::move(input)), parent_(parent) {
             call_.is_export = is_export;
             call_.module = module;
             call_.function = function;
@@ -6349,7 +6349,7 @@ public:
         std::string module_;
 
     public:
-        module_builder(call_host* host, std::string_view module) : host_(host), module_(module) {}
+        module_builder(call_host* h, std::string_view module) : host_(h), module_(module) {}
         /// A plain function.
         template <class F> module_builder& func(std::string_view function, F&& f) {
             host_->add(false, module_, function, plain(std::forward<F>(f)));
