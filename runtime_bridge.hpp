@@ -5545,7 +5545,7 @@ class runtime_bridge {
         if (until != never) f->set_start_deadline(until);
         c->external.fetch_add(1, std::memory_order_relaxed);
         if (!c->submit(f)) {
-            c->external.fetch_sub(1, std::memory_order_relaxed);
+            detail::unregister_joiner(f, &b);
             if (leader != nullptr) detail::clear_edge(leader);
             detail::refuse_root(f);
             return rtb::unexpected(bridge_errc::worker_dead);
@@ -5816,7 +5816,7 @@ template <class Value> class call_interceptor {
     detail::port::atomic<unsigned> failing_{0};                   // == failures_.size()
     template <class> friend class call_host;
 
-    std::optional<call_error> take_failure(const call_info& call) {
+    std::optional<call_error> take_failure(const call_info& call) noexcept {
         if (failing_.load(std::memory_order_acquire) == 0) return std::nullopt;
         detail::port::unique_lock l(m_);
         for (std::size_t i = 0; i < failures_.size(); ++i) {
@@ -6169,7 +6169,9 @@ template <class Value> class call_host {
         guard(const guard&) = delete;
         guard& operator=(const guard&) = delete;
         ~guard() {
-            if (ic != nullptr) ic->on_abandoned(call, input);
+            if (ic == nullptr) return;
+            static_cast<void>(ic->take_failure(call));
+            ic->on_abandoned(call, input);
         }
     };
     struct before_result {
@@ -6187,7 +6189,8 @@ template <class Value> class call_host {
             r.answer = co_await hook;
         }
         RTB_DETAIL_CATCH_ALL { r.error = detail::thrown(call, "the before hook"); }
-        if (!r.error) r.error = ic->take_failure(call);
+        std::optional<call_error> failed = ic->take_failure(call);  // what the hook threw goes first, but nothing stays behind
+        if (!r.error) r.error = std::move(failed);
         co_await detail::set_call_leaf(outer);
         co_return r;
     }
@@ -6205,7 +6208,8 @@ template <class Value> class call_host {
             }
         }
         RTB_DETAIL_CATCH_ALL { error = detail::thrown(call, r ? "the after hook" : "the failure hook"); }
-        if (!error) error = ic->take_failure(call);
+        std::optional<call_error> failed = ic->take_failure(call);
+        if (!error) error = std::move(failed);
         co_await detail::set_call_leaf(outer);
         co_return error;
     }
@@ -6473,7 +6477,7 @@ template <class Value> class call_log {
             return std::string(reinterpret_cast<const char*>(s.data()), s.size());
         }
         std::optional<Value> value() {
-            const auto s = bytes();
+            std::span<const std::byte> s = bytes();
             std::optional<Value> v;
             if (ok) v = value_traits<Value>::read(s);
             if (!v) ok = false;
