@@ -1440,7 +1440,7 @@ struct sched_core : immovable {
 
     // -- the clock's mutex --
     sched_core* clock_next = nullptr;
-    bool pumping = false;  // m: waits for the others of its manual clock inside run_until_idle
+    bool pumping = false;  // m: waits until the others of its manual clock have nothing left to do either
 
     // -- any thread --
     spin_state park_spin, wait_spin;
@@ -1649,12 +1649,33 @@ struct sched_core : immovable {
     std::size_t run_some(std::size_t most);
     std::size_t poll();
     template <class Done> bool pump(Done done, time_point until, std::size_t& steps);  // false: nothing can move
-    void set_idle(bool is_idle) noexcept;
+    void set_idle(bool is_idle, bool is_pumping = false) noexcept;
     void run();
     idle_report run_until_idle();
     void close() noexcept;  // by the owner, or by the worker's thread at its end; idempotent
     template <class V> void each_task(V& visit);
     static void count_spawn(sched_core* c) noexcept;
+};
+
+/// While it lives, code of this thread works for a call, in this run and this chain.
+class call_scope : immovable {
+    std::uint64_t call_;
+    run_frame* run_;
+    frame_base* chain_;
+
+public:
+    explicit call_scope(std::uint64_t id) noexcept {
+        thread_state& t = this_thread();
+        call_ = std::exchange(t.call, id);
+        run_ = std::exchange(t.call_run, t.run);
+        chain_ = std::exchange(t.call_chain, t.run != nullptr ? t.run->core->current : nullptr);
+    }
+    ~call_scope() {
+        thread_state& t = this_thread();
+        t.call = call_;
+        t.call_run = run_;
+        t.call_chain = chain_;
+    }
 };
 
 struct core_ref : immovable {  // gives a reference back
@@ -2007,8 +2028,9 @@ inline void sched_core::check_stall() noexcept {
     RTB_DETAIL_CATCH_ALL {}
 }
 
-inline void sched_core::set_idle(bool is_idle) noexcept {
+inline void sched_core::set_idle(bool is_idle, bool is_pumping) noexcept {
     port::unique_lock l(m);
+    pumping = is_pumping;
     idle = is_idle && inbox_head == nullptr;
     idle_deadline = timers.earliest().value_or(never);
 }
@@ -2109,7 +2131,7 @@ template <class Done> bool sched_core::pump(Done done, time_point until, std::si
             park(until);
             continue;
         }
-        set_idle(true);
+        set_idle(true, true);
         const manual_clock::jump j = options.time->try_jump(this);
         if (j == manual_clock::jump::moved) continue;
         if (j == manual_clock::jump::nothing) {
@@ -2288,8 +2310,9 @@ inline manual_clock::jump manual_clock::try_jump(detail::sched_core* asking) noe
             earliest = (std::min)(earliest, deadline);
             continue;
         }
-        if (s == asking || outer || s->runner.load(std::memory_order_relaxed) == detail::port::thread_id{}) return jump::nothing;
-        return jump::others;
+        // A worker that has not reached its loop yet is about to.
+        const bool nobody = !s->on_worker && s->runner.load(std::memory_order_relaxed) == detail::port::thread_id{};
+        return s == asking || outer || nobody ? jump::nothing : jump::others;
     }
     if (busy_ != 0) return jump::others;
     if (!auto_ || earliest == detail::never) {
@@ -3021,8 +3044,10 @@ public:
     template <detail::work A> auto block_on(A&& a, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE())
         -> expected<detail::work_result_t<A>, join_error> {
         using T = detail::work_result_t<A>;
+        const std::uint64_t call = detail::current_call();
         detail::run_scope scope(core_);
         if (!scope) return rtb::unexpected(join_errc::would_deadlock);
+        const detail::call_scope from(call);
         core_->drain();  // what was spawned before this comes first
         auto handle = detail::spawn_on(core_, detail::as_task<true>(std::forward<A>(a)), {}, file, line);
         detail::frame_base* f = detail::handle_access::frame(handle);
@@ -3160,11 +3185,7 @@ inline idle_report sched_core::run_until_idle() {
         poll_driver();
         if (!ready.empty() || inbox_flag.load(std::memory_order_acquire)) continue;
         if (options.time != nullptr) {
-            {
-                port::unique_lock l(m);
-                pumping = true;
-            }
-            set_idle(true);
+            set_idle(true, true);
             const manual_clock::jump j = options.time->try_jump(this);
             if (j == manual_clock::jump::moved) continue;
             if (j == manual_clock::jump::nothing && !inbox_flag.load(std::memory_order_acquire)) break;
@@ -4854,6 +4875,7 @@ protected:
         core->run_next(this);
     }
     void go_on() {
+        const call_scope from(call);  // what the arms call is called from where the combinator is awaited
         while (!decided_ && next_ < k_count) {
             const std::size_t now = next_++;
             arm_state state = arm_state::waiting;
@@ -5087,6 +5109,7 @@ template <class A> auto with_timeout(duration d, A&& a) {
 /// co_await group.join() waits for all of them; the first failure cancels the rest, and is rethrown once all are gone. The
 /// destructor destroys what still runs; a failure that no join() reported goes to on_unhandled then.
 /// Threads   the scheduler's. Allocates one small node per task, besides the task.
+/// Destroying groups that are nested in one another recurses: a few thousand levels are fine, a hundred thousand are not.
 class task_group : detail::immovable {
     struct child : detail::link, detail::completion_hook {
         task_group* group;
@@ -5998,22 +6021,7 @@ template <class Value, class F> struct plain_function final : host_function<Valu
         auto args = arguments_from<Value>(info, input, error, static_cast<arguments*>(nullptr),
                                           std::make_index_sequence<std::tuple_size_v<arguments>>());
         if (!args) return rtb::unexpected(std::move(*error));
-        // The calls that f makes are children of this one, in this run and this chain.
-        struct call_scope {
-            thread_state before = this_thread();
-            explicit call_scope(std::uint64_t id) noexcept {
-                thread_state& t = this_thread();
-                t.call = id;
-                t.call_run = t.run;
-                t.call_chain = t.run != nullptr ? t.run->core->current : nullptr;
-            }
-            ~call_scope() {
-                thread_state& t = this_thread();
-                t.call = before.call;
-                t.call_run = before.call_run;
-                t.call_chain = before.call_chain;
-            }
-        } scope(info.id);
+        const call_scope calls_of(info.id);
         RTB_DETAIL_TRY {
             if constexpr (std::is_void_v<typename sig::result>) {
                 std::apply(f, std::move(*args));
