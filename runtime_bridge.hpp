@@ -34,7 +34,6 @@
 //   * A task that was given a deadline (block_on_for, block_on_until) must not refer to the caller's stack: the call returns
 //     at the deadline even if the task is in mid-step. block_on waits for the task, so there [&] is safe.
 //   * A blocking call from the worker itself would wait for ever: it is `would_deadlock`. Use co_await there.
-//   * A notify or semaphore outlives its waiters: declare it before the scheduler whose tasks wait in it.
 //   * Whatever a foreign operation refers to must live as long as the operation, not as long as the task that awaits it.
 //   * alignas on a variable is ignored in coroutines by g++ 12: put it on the type.
 //
@@ -3707,13 +3706,14 @@ public:
 // once more when it goes on or is destroyed, so after a waiter ran nobody is inside the primitive on its behalf.
 
 /// Wakes tasks that wait for something to change. notify_one stores one permit if nobody waits; notify_all stores none.
-/// Lifetime  outlives its waiters: declare it before the scheduler whose tasks wait in it (asserted).
+/// Lifetime  a task that still waits when it goes waits for ever; one that was chosen must have run before.
 /// Cancel    a waiter that is destroyed after it was chosen by notify_one passes the permit on.
 /// Threads   notify_* from any thread, wait() in tasks. Allocates nothing. Order    first in, first out.
 class notify : detail::immovable {
     struct waiter : detail::link {
         detail::runnable* target = nullptr;
         bool has_permit = false;
+        bool orphan = false;  // the notify went while this waited
     };
     detail::port::mutex m_;
     detail::list<waiter> waiters_;
@@ -3736,7 +3736,7 @@ class notify : detail::immovable {
         explicit wait_leaf(notify* n) noexcept : n_(n) {}
         wait_leaf(wait_leaf&& o) noexcept : n_(o.n_) {}
         ~wait_leaf() {
-            if (!started_) return;
+            if (!started_ || waiter::orphan) return;
             detail::port::unique_lock l(n_->m_);
             if (waiter::linked()) waiter::unlink();
             if (waiter::has_permit) n_->give_permit_locked();
@@ -3768,7 +3768,9 @@ class notify : detail::immovable {
 
 public:
     notify() = default;
-    ~notify() { RTB_ASSERT(waiters_.empty(), "a notify was destroyed while tasks wait in it"); }
+    ~notify() {
+        while (waiter* w = waiters_.pop_front()) w->orphan = true;
+    }
     void notify_one() noexcept {
         detail::port::unique_lock l(m_);
         give_permit_locked();
@@ -3807,7 +3809,7 @@ public:
 };
 
 /// Counts permits; waiters are served first in, first out, and a large request is not overtaken by small ones.
-/// Lifetime  outlives its permits and waiters.
+/// Lifetime  outlives its permits; a task that still waits when it goes waits for ever.
 /// Cancel    a waiter that is destroyed gives back what it was granted.
 /// Threads   release, try_acquire and permits: any; acquire() in tasks. Allocates nothing.
 class semaphore : detail::immovable {
@@ -3815,6 +3817,7 @@ class semaphore : detail::immovable {
         detail::runnable* target = nullptr;
         std::size_t n = 0;
         bool granted = false;
+        bool orphan = false;  // the semaphore went while this waited
     };
     detail::port::mutex m_;
     detail::list<waiter> waiters_;
@@ -3843,7 +3846,7 @@ class semaphore : detail::immovable {
         acquire_leaf(semaphore* s, std::size_t count) noexcept : s_(s) { waiter::n = count; }
         acquire_leaf(acquire_leaf&& o) noexcept : s_(o.s_) { waiter::n = o.waiter::n; }
         ~acquire_leaf() {
-            if (!started_) return;
+            if (!started_ || waiter::orphan) return;
             detail::port::unique_lock l(s_->m_);
             if (waiter::linked()) waiter::unlink();
             if (waiter::granted) s_->count_ += waiter::n;
@@ -3871,7 +3874,9 @@ class semaphore : detail::immovable {
 
 public:
     explicit semaphore(std::size_t permits) noexcept : count_(permits) {}
-    ~semaphore() { RTB_ASSERT(waiters_.empty(), "a semaphore was destroyed while tasks wait in it"); }
+    ~semaphore() {
+        while (waiter* w = waiters_.pop_front()) w->orphan = true;
+    }
     /// co_await s.acquire(n): semaphore_permit.
     acquire_leaf acquire(std::size_t n = 1) noexcept { return acquire_leaf(this, n); }
     std::optional<semaphore_permit> try_acquire(std::size_t n = 1) noexcept {
