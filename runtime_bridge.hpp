@@ -5897,6 +5897,9 @@ public:
 };
 
 namespace detail {
+// One counter for all hosts: they may share a log or an interceptor, where calls are told apart by their ids.
+inline constinit port::atomic<std::uint64_t> g_next_call{1};
+
 template <class T> constexpr std::string_view type_name() noexcept {
 #if defined(__GNUC__) || defined(__clang__)
     std::string_view s = __PRETTY_FUNCTION__;
@@ -6115,7 +6118,6 @@ template <class Value> class call_host {
     runtime_bridge* bridge_ = nullptr;      // m_
     std::unique_ptr<runtime_bridge> own_;   // m_
     detail::port::atomic<bool> intercepted_{false};
-    detail::port::atomic<std::uint64_t> next_id_{1};
 
     static int compare(const entry& e, bool is_export, std::string_view module, std::string_view function) noexcept {
         if (e.is_export != is_export) return e.is_export ? 1 : -1;
@@ -6166,7 +6168,7 @@ template <class Value> class call_host {
     }
     call_info make_info(bool is_export, std::string_view module, std::string_view function, std::uint64_t parent) noexcept {
         call_info call;
-        call.id = next_id_.fetch_add(1, std::memory_order_relaxed);
+        call.id = detail::g_next_call.fetch_add(1, std::memory_order_relaxed);
         call.parent = parent == inherit_parent ? detail::current_call() : parent;
         call.module = module;
         call.function = function;
@@ -6445,7 +6447,7 @@ template <class Value> struct call_record {
     std::uint64_t began = 0, ended = 0;  // logical times within the log; ended 0: not over
 };
 
-/// Calls in the order in which they began. Thread-safe while it is recorded into; operator[] is for afterwards.
+/// Calls in the order in which they began. Thread-safe while it is recorded into; operator[] and write() are for afterwards.
 ///
 /// Binary form, little endian: "RTBCALL1", u32 version 1, u32 count, then per record u32 length and: u64 id, parent, began, ended;
 /// u8 flags (1 export, 2 output, 4 error); module, function, input, [output], [u32 code, text]; strings and values as u32 length
@@ -6541,9 +6543,8 @@ public:
             return;
         }
     }
-    /// Appends the binary form.
+    /// Appends the binary form. Not while it is recorded into.
     void write(std::vector<std::byte>& out) const {
-        detail::port::unique_lock l(m_);
         for (int i = 0; i < 8; ++i) out.push_back(static_cast<std::byte>(k_magic[i]));
         put(out, version, 4);
         put(out, records_.size(), 4);
@@ -6675,67 +6676,112 @@ enum class replay_mode { strict, lenient };
 template <class Value> class replay_interceptor : public call_interceptor<Value> {
     const std::shared_ptr<const call_log<Value>> log_;
     const replay_mode mode_;
+    std::vector<const call_record<Value>*> records_;  // fixed
+    std::vector<std::size_t> by_parent_;              // fixed: record numbers, sorted by parent, then number
     mutable detail::port::mutex m_;
-    std::vector<bool> used_;                                        // m_
-    std::vector<std::pair<std::uint64_t, std::size_t>> live_;       // m_: running calls and their records
+    std::vector<bool> used_;                                   // m_
+    std::vector<std::size_t> cursor_;                          // m_: at the start of a family in by_parent_: its first that may be unused
+    std::vector<std::pair<std::uint64_t, std::size_t>> pairs_;  // m_: calls and their records, sorted by call; for good, since a
+                                                               // task may outlive the call that spawned it
     static constexpr std::size_t k_none = ~std::size_t{0};
 
     static std::string name_of(const call_record<Value>& r, std::size_t i) {
         return (r.is_export ? "export " : "import ") + (r.is_export ? "" : r.module + ".") + r.function + " (record " + std::to_string(i) + ")";
     }
-    void mark_children(std::uint64_t id) {  // m_; a loop over levels: the log may come from anywhere
+    std::size_t family(std::uint64_t parent) const noexcept {  // where the records with this parent begin in by_parent_
+        std::size_t low = 0, high = by_parent_.size();
+        while (low < high) {
+            const std::size_t mid = low + (high - low) / 2;
+            if (records_[by_parent_[mid]]->parent < parent)
+                low = mid + 1;
+            else
+                high = mid;
+        }
+        return low;
+    }
+    bool in_family(std::size_t at, std::uint64_t parent) const noexcept {
+        return at < by_parent_.size() && records_[by_parent_[at]]->parent == parent;
+    }
+    std::size_t pair_position(std::uint64_t id) const noexcept {  // m_; calls come nearly in order: from the end
+        std::size_t at = pairs_.size();
+        while (at > 0 && pairs_[at - 1].first >= id) --at;
+        return at;
+    }
+    std::size_t record_of(std::uint64_t id) const noexcept {  // m_
+        std::size_t low = 0, high = pairs_.size();
+        while (low < high) {
+            const std::size_t mid = low + (high - low) / 2;
+            if (pairs_[mid].first < id)
+                low = mid + 1;
+            else
+                high = mid;
+        }
+        return low < pairs_.size() && pairs_[low].first == id ? pairs_[low].second : k_none;
+    }
+    void mark_children(std::uint64_t id) {  // m_; a loop, each record once: the log may come from anywhere
         std::vector<std::uint64_t> parents{id};
         while (!parents.empty()) {
             const std::uint64_t parent = parents.back();
             parents.pop_back();
-            for (std::size_t i = 0; i < used_.size(); ++i)
-                if (!used_[i] && (*log_)[i].parent == parent && (*log_)[i].id != parent) {
-                    used_[i] = true;
-                    parents.push_back((*log_)[i].id);
-                }
-        }
-    }
-    /// The record of this call, k_none if there is none; `why` says what is wrong in strict mode.
-    std::size_t match(const call_info& call, const Value& input, std::string& why) {
-        detail::port::unique_lock l(m_);
-        std::uint64_t parent = 0;
-        if (call.parent != 0) {
-            parent = ~std::uint64_t{0};  // its parent is not recorded: neither is it
-            for (const auto& [id, i] : live_)
-                if (id == call.parent) parent = (*log_)[i].id;
-        }
-        std::size_t found = k_none, other_input = k_none, next = k_none;
-        for (std::size_t i = 0; i < used_.size() && found == k_none; ++i) {
-            const call_record<Value>& r = (*log_)[i];
-            if (used_[i] || r.parent != parent) continue;
-            if (next == k_none) next = i;
-            if (r.is_export != call.is_export || r.module != call.module || r.function != call.function) continue;
-            if (r.input == input)
-                found = i;
-            else if (other_input == k_none)
-                other_input = i;
-        }
-        why = detail::call_name(call);
-        if (found == k_none) {
-            if (other_input != k_none)
-                why += ": called with other arguments than " + name_of((*log_)[other_input], other_input);
-            else if (next != k_none)
-                why += ": not in the recording, which goes on with " + name_of((*log_)[next], next);
-            else
-                why += ": not in the recording, which has no further call here";
-            return k_none;
-        }
-        if (mode_ == replay_mode::strict && next != found) {
-            const call_record<Value>& due = (*log_)[next];
-            if (due.ended != 0 && due.ended < (*log_)[found].began) {
-                why += ": called too early, the recording has " + name_of(due, next) + " before it";
-                return k_none;
+            for (std::size_t at = family(parent); in_family(at, parent); ++at) {
+                const std::size_t i = by_parent_[at];
+                if (used_[i]) continue;
+                used_[i] = true;
+                parents.push_back(records_[i]->id);
             }
         }
-        used_[found] = true;
-        live_.emplace_back(call.id, found);
-        why.clear();
-        return found;
+    }
+    /// The record of this call, now used; k_none: none, `why` says what is wrong.
+    std::size_t match(const call_info& call, const Value& input, std::string& why) {
+        std::uint64_t parent = 0;
+        std::size_t start = 0, at = 0, next = k_none, other_input = k_none;
+        {
+            detail::port::unique_lock l(m_);
+            if (call.parent != 0) {
+                const std::size_t i = record_of(call.parent);
+                parent = i != k_none ? records_[i]->id : ~std::uint64_t{0};  // its parent is not recorded: neither is it
+            }
+            start = family(parent);
+            if (in_family(start, parent)) {
+                std::size_t& first = cursor_[start];
+                while (in_family(first, parent) && used_[by_parent_[first]]) ++first;
+                at = first;
+                if (in_family(at, parent)) next = by_parent_[at];
+            } else {
+                at = by_parent_.size();
+            }
+        }
+        why = detail::call_name(call);
+        for (; in_family(at, parent); ++at) {
+            const std::size_t i = by_parent_[at];
+            const call_record<Value>& r = *records_[i];
+            if (r.is_export != call.is_export || r.module != call.module || r.function != call.function) continue;
+            const bool same = r.input == input;  // user code: not under m_
+            detail::port::unique_lock l(m_);
+            if (used_[i]) continue;
+            if (!same) {
+                if (other_input == k_none) other_input = i;
+                continue;
+            }
+            if (mode_ == replay_mode::strict) {  // was a call before it over, that is still to be made?
+                for (std::size_t k = cursor_[start]; k < at; ++k) {
+                    const call_record<Value>& due = *records_[by_parent_[k]];
+                    if (used_[by_parent_[k]] || due.ended == 0 || due.ended >= r.began) continue;
+                    why += ": called too early, the recording has " + name_of(due, by_parent_[k]) + " before it";
+                    return k_none;
+                }
+            }
+            used_[i] = true;
+            pairs_.insert(pairs_.begin() + static_cast<std::ptrdiff_t>(pair_position(call.id)), {call.id, i});
+            return i;
+        }
+        if (other_input != k_none)
+            why += ": called with other arguments than " + name_of(*records_[other_input], other_input);
+        else if (next != k_none)
+            why += ": not in the recording, which goes on with " + name_of(*records_[next], next);
+        else
+            why += ": not in the recording, which has no further call here";
+        return k_none;
     }
     task<std::optional<Value>> answer(const call_info& call, const Value& input) {
         std::string why;
@@ -6744,7 +6790,7 @@ template <class Value> class replay_interceptor : public call_interceptor<Value>
             if (mode_ == replay_mode::strict) this->fail(call, call_error(call_errc::diverged, std::move(why)));
             co_return std::nullopt;
         }
-        const call_record<Value>& r = (*log_)[i];
+        const call_record<Value>& r = *records_[i];
         if (call.is_export && call.known) co_return std::nullopt;  // the guest runs; what it calls is answered
         {
             detail::port::unique_lock l(m_);
@@ -6754,20 +6800,14 @@ template <class Value> class replay_interceptor : public call_interceptor<Value>
         this->fail(call, r.error ? *r.error : call_error(call_errc::closed, detail::call_name(call) + ": was not over when it was recorded"));
         co_return std::nullopt;
     }
-    std::size_t leave(const call_info& call) {
-        detail::port::unique_lock l(m_);
-        for (std::size_t k = 0; k < live_.size(); ++k)
-            if (live_[k].first == call.id) {
-                const std::size_t i = live_[k].second;
-                live_.erase(live_.begin() + static_cast<std::ptrdiff_t>(k));
-                return i;
-            }
-        return k_none;
-    }
     task<void> over(const call_info& call, const Value* output) {
-        const std::size_t i = leave(call);
+        std::size_t i = k_none;
+        {
+            detail::port::unique_lock l(m_);
+            i = record_of(call.id);
+        }
         if (i == k_none || mode_ == replay_mode::lenient) co_return;
-        const call_record<Value>& r = (*log_)[i];
+        const call_record<Value>& r = *records_[i];
         const bool same = output != nullptr ? r.output && *r.output == *output : !r.output;
         if (!same)
             this->fail(call, call_error(call_errc::diverged, detail::call_name(call) + ": ended otherwise than " + name_of(r, i)));
@@ -6775,18 +6815,39 @@ template <class Value> class replay_interceptor : public call_interceptor<Value>
 
 public:
     explicit replay_interceptor(std::shared_ptr<const call_log<Value>> log, replay_mode mode = replay_mode::strict)
-        : log_(std::move(log)), mode_(mode), used_(log_->size()) {}
+        : log_(std::move(log)), mode_(mode), used_(log_->size()), cursor_(log_->size()) {
+        const std::size_t n = used_.size();
+        records_.reserve(n);
+        by_parent_.reserve(n);
+        for (std::size_t i = 0; i < n; ++i) {
+            records_.push_back(&(*log_)[i]);
+            by_parent_.push_back(i);
+            cursor_[i] = i;
+        }
+        // A stable merge sort by parent, bottom up: <algorithm> would cost every includer 20 ms.
+        std::vector<std::size_t> merged(n);
+        for (std::size_t width = 1; width < n; width *= 2) {
+            for (std::size_t begin = 0; begin < n; begin += 2 * width) {
+                const std::size_t middle = (std::min)(begin + width, n), end = (std::min)(middle + width, n);
+                std::size_t a = begin, b = middle;
+                for (std::size_t to = begin; to < end; ++to) {
+                    const bool left = b == end || (a < middle && records_[by_parent_[a]]->parent <= records_[by_parent_[b]]->parent);
+                    merged[to] = by_parent_[left ? a++ : b++];
+                }
+            }
+            by_parent_.swap(merged);
+        }
+    }
     task<std::optional<Value>> before_import(const call_info& call, const Value& input) override { return answer(call, input); }
     task<std::optional<Value>> before_export(const call_info& call, const Value& input) override { return answer(call, input); }
     task<void> after_import(const call_info& call, const Value&, const Value& output) override { return over(call, &output); }
     task<void> after_export(const call_info& call, const Value&, const Value& output) override { return over(call, &output); }
     task<void> on_failure(const call_info& call, const Value&, const call_error&) override { return over(call, nullptr); }
-    void on_abandoned(const call_info& call, const Value&) noexcept override { static_cast<void>(leave(call)); }
     /// Were all recorded calls made? `diverged` names the first that was not.
     expected<void, call_error> finish() const {
         detail::port::unique_lock l(m_);
         for (std::size_t i = 0; i < used_.size(); ++i)
-            if (!used_[i]) return rtb::unexpected(call_error(call_errc::diverged, name_of((*log_)[i], i) + " was recorded but not made"));
+            if (!used_[i]) return rtb::unexpected(call_error(call_errc::diverged, name_of(*records_[i], i) + " was recorded but not made"));
         return {};
     }
 };
