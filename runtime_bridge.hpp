@@ -5812,6 +5812,8 @@ public:
     call_error(call_errc code, std::exception_ptr cause) noexcept : error(code, std::move(cause)) {}
     call_error(call_errc code, std::string text, std::exception_ptr cause = {}) : error(code, std::move(cause)), text_(std::move(text)) {}
     const char* what() const noexcept { return text_.empty() ? error::what() : text_.c_str(); }
+    /// What is known beyond the code; may be empty.
+    std::string_view text() const noexcept { return text_; }
 };
 
 /// One call, as the hooks see it.
@@ -6557,7 +6559,7 @@ public:
             put_value(body, p->input);
             if (p->output) put_value(body, *p->output);
             if (p->error) {
-                const std::string_view text = p->error->what();
+                const std::string_view text = p->error->text();
                 put(body, static_cast<std::uint32_t>(p->error->code()), 4);
                 put_bytes(body, text.data(), text.size());
             }
