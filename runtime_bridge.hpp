@@ -1701,6 +1701,9 @@ inline void wake(runnable* r) noexcept {
         c->enqueue(r);
 }
 
+/// A run of a scheduler of this clock has ended: the others may be able to go on.
+inline void left_run(manual_clock* clock) noexcept;
+
 /// Marks this thread as the one that runs a core, if nobody does.
 class run_scope : immovable {
     run_frame frame_;
@@ -1731,6 +1734,7 @@ public:
             c->leader = nullptr;
         }
         c->runner.store(port::thread_id{}, std::memory_order_release);
+        if (c->options.time != nullptr) left_run(c->options.time);
     }
     explicit operator bool() const noexcept { return mine_; }
 };
@@ -2258,6 +2262,10 @@ public:
         port::unique_lock l(c_->m_);
         if (--c_->busy_ == 0) c_->wake_all();
     }
+    static void left(manual_clock* c) noexcept {
+        port::unique_lock l(c->m_);
+        c->wake_all();
+    }
     static void attach(manual_clock* c, sched_core* s) noexcept {
         port::unique_lock l(c->m_);
         s->clock_next = std::exchange(c->cores_, s);
@@ -2274,6 +2282,7 @@ public:
 };
 }  // namespace detail
 
+inline void detail::left_run(manual_clock* clock) noexcept { detail::clock_guard::left(clock); }
 inline void manual_clock::wake_all() noexcept {
     for (detail::sched_core* s = cores_; s != nullptr; s = s->clock_next) s->poke();
 }
@@ -4593,6 +4602,7 @@ template <class T> auto channel(std::size_t capacity) -> std::pair<sender<T>, re
 // A foreign operation gets the handle of a small coroutine of ours, the shim, never that of the task: it may be resumed on
 // any thread, and then only marks its result and wakes the task through its scheduler's inbox. The shim owns the awaitable,
 // so a task can be destroyed while the operation is still under way: the shim then ends by itself and drops the result.
+// An awaiter that is ready costs no shim. What has an operator co_await is always moved into one: its awaiter may refer to it.
 namespace detail {
 template <class R> struct shim {
     struct promise_type;
