@@ -1650,7 +1650,7 @@ inline void wake(runnable* r) noexcept {
 }
 
 /// A run of a scheduler of this clock has ended: the others may be able to go on.
-inline void left_run(manual_clock* clock) noexcept;
+inline void left_run(manual_clock* c) noexcept;
 
 /// Marks this thread as the one that runs a core, if nobody does.
 class run_scope : immovable {
@@ -2230,7 +2230,7 @@ public:
 };
 }  // namespace detail
 
-inline void detail::left_run(manual_clock* clock) noexcept { detail::clock_guard::left(clock); }
+inline void detail::left_run(manual_clock* c) noexcept { detail::clock_guard::left(c); }
 inline void manual_clock::wake_all() noexcept {
     for (detail::sched_core* s = cores_; s != nullptr; s = s->clock_next) s->poke();
 }
