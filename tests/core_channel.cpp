@@ -300,6 +300,40 @@ TEST_CASE_FIXTURE(fixture, "slot and timer at the same moment: one outcome, and 
     }
 }
 
+TEST_CASE_FIXTURE(fixture, "a slot that is granted through the inbox after the timer fired does not resume the next wait") {
+    auto [tx, rx] = rtb::channel<int>(1);
+    CHECK(code_of(tx.try_send(0)) == 0);
+    rtb::scheduler other;
+    rtb::notify n;
+    bool slept_enough = false;
+    const auto sender = [&, out = &tx]() -> rtb::task<int> {
+        auto result = co_await out->send_for(1s, 1);
+        const rtb::time_point before = clock.now();
+        co_await rtb::sleep_for(1h);
+        slept_enough = clock.now() - before >= 1h;
+        co_return code_of(result);
+    };
+    const auto takes = [in = &rx]() -> rtb::task<bool> { co_return in->try_recv() == 0; };
+    const auto granter = [&]() -> rtb::task<bool> {
+        co_await n.wait();
+        co_return other.block_on(takes).value();  // inside another scheduler's run: our own wake-up goes through the inbox
+    };
+    auto granting = sched.spawn(granter);
+    auto sending = sched.spawn(sender);
+    sched.run_until_idle();
+    n.notify_one();
+    clock.advance(1s);
+    CHECK(sched.poll() == 2);  // the granter, then the sender, whose timer is due
+    CHECK(granting.wait().value());
+    sched.run_until_idle();
+    CHECK_FALSE(sending.done());
+    clock.advance(1h);
+    sched.run_until_idle();
+    CHECK(sending.wait().value() == 0);
+    CHECK(slept_enough);
+    CHECK(rx.try_recv() == 1);
+}
+
 // ---- reserve -----------------------------------------------------------------------------------------------------------------
 
 TEST_CASE_FIXTURE(fixture, "a reserved slot counts as used and its permit sends without waiting") {
