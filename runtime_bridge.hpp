@@ -6735,7 +6735,10 @@ template <class Value> class replay_interceptor : public call_interceptor<Value>
         while (!parents.empty()) {
             const std::uint64_t parent = parents.back();
             parents.pop_back();
-            for (std::size_t at = family(parent); in_family(at, parent); ++at) {
+            const std::size_t start = family(parent);
+            if (!in_family(start, parent)) continue;
+            std::size_t& at = cursor_[start];  // a family is walked once, also if many records claim its id
+            for (; in_family(at, parent); ++at) {
                 const std::size_t i = by_parent_[at];
                 if (used_[i]) continue;
                 used_[i] = true;
