@@ -509,8 +509,7 @@ void token_cancel_against_task() {
 // ---- 8. two workers that wait for each other ----
 void a_cycle_of_two() {
     rtb::runtime_bridge a(quiet_bridge()), b(quiet_bridge());
-    int refused = 0;
-    const auto into = [&refused](rtb::runtime_bridge& other) {
+    const auto into = [](rtb::runtime_bridge& other) {
         auto r = other.block_on(seven());
         if (r) MC_REQUIRE(*r == 7);
         else MC_REQUIRE(r.error() == rtb::bridge_errc::would_deadlock);
@@ -523,8 +522,7 @@ void a_cycle_of_two() {
     auto ra = ha.wait();
     auto rb = hb.wait();
     MC_REQUIRE(ra && rb);
-    refused = *ra + *rb;
-    MC_REQUIRE(refused <= 1);
+    MC_REQUIRE(*ra + *rb <= 1);
 }
 
 // ---- 9. manual_clock ----
@@ -699,8 +697,10 @@ void shutdown_with_a_deadline() {
         if (!r) MC_REQUIRE(r.error() == rtb::join_errc::cancelled);
     });
     const rtb::shutdown_report report = b.shutdown(rtb::shutdown_mode::drain, rtb::clock::now() + milliseconds(1));
-    MC_REQUIRE(!report.stuck.empty() || h.done());
+    // Time passes here as it likes, so even the grace may end before the worker moves: only the end is certain.
+    MC_REQUIRE(report.stuck.size() <= 1);
     waiter.join();
+    MC_REQUIRE(h.done());
 }
 void end_of_a_scheduler_thread() {
     int alive = 0;
