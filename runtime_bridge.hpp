@@ -5718,13 +5718,15 @@ public:
         if (detail::runs_here(c)) return report;
         detail::sched_core* const leader = detail::current_leader();
         bool over = false;
+        stuck_task stuck;
         if (leader == nullptr) {
-            over = await_end(deadline);
+            over = await_end(deadline, stuck);
         } else if (detail::publish_edge(leader, c, deadline)) {
-            over = await_end(deadline);
+            over = await_end(deadline, stuck);
             detail::clear_edge(leader);
         } else {  // it waits for us: nothing but an answer of ours, which we can't give here, would end its step
             c->request_stop();
+            look(stuck);
         }
         const scheduler_stats after = s_->w->sched.stats();
         report.finished = static_cast<std::size_t>(after.completed + after.failed - before.completed - before.failed);
@@ -5733,10 +5735,7 @@ public:
             s_->w->join();
             return report;
         }
-        RTB_DETAIL_TRY {
-            stuck_task t;
-            if (c->look(t.name, t.where)) report.stuck.push_back(std::move(t));
-        }
+        RTB_DETAIL_TRY { report.stuck.push_back(std::move(stuck)); }
         RTB_DETAIL_CATCH_ALL {}
         return report;
     }
@@ -5747,8 +5746,14 @@ private:
         o.thread_name = std::string_view(name);
         return o;
     }
-    // True: the worker has destroyed its tasks. False: after the deadline, and a grace for a short step, it still has not.
-    bool await_end(time_point deadline) noexcept {
+    /// True if a task is in the middle of a step; which one.
+    bool look(stuck_task& t) const noexcept {
+        RTB_DETAIL_TRY { return s_->core()->look(t.name, t.where); }
+        RTB_DETAIL_CATCH_ALL { return true; }
+    }
+    // True: the worker has destroyed its tasks. False: after the deadline, and a grace for short steps, it is still in the
+    // middle of a step. A worker that is merely slow is waited for.
+    bool await_end(time_point deadline, stuck_task& stuck) noexcept {
         detail::sched_core* const c = s_->core();
         detail::worker* const w = s_->w;
         const duration slice = c->options.stall_threshold > duration::zero() ? c->options.stall_threshold : (duration::max)();
@@ -5756,10 +5761,10 @@ private:
         for (bool aborting = false; !w->over;) {
             const time_point t = clock::now();
             if (t >= deadline) {
-                if (aborting) return false;
-                aborting = true;
                 deadline = detail::deadline_after(t, std::chrono::milliseconds(100));
                 l.unlock();
+                if (aborting && look(stuck)) return false;
+                aborting = true;
                 c->request_stop();
                 l.lock();
                 continue;

@@ -367,12 +367,16 @@ rtb::runtime_bridge_options quiet_bridge() {
     o.scheduler = quiet();
     return o;
 }
+rtb::task<payload> make_payload_slowly(int* alive) {
+    co_await rtb::sleep_for(milliseconds(1));
+    co_return payload(7, alive);
+}
 void block_on_against_drain() {
     int alive = 0;
     {
         rtb::runtime_bridge b(quiet_bridge());
         thread caller("caller", [&] {
-            auto r = b.block_on(make_payload(&alive));
+            auto r = b.block_on(make_payload_slowly(&alive));
             if (r) MC_REQUIRE(r->v.get() == 7);
             else MC_REQUIRE(r.error() == rtb::bridge_errc::worker_dead);
         });
