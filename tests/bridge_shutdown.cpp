@@ -225,23 +225,31 @@ TEST_CASE("during a drain the awaited task goes on as before: it spawns, awaits 
     CHECK(got == 21);
 }
 
-TEST_CASE("a drain lets a wait that gives up go, and ends") {
-    rtb::runtime_bridge bridge;
-    rtb::notify never_sent;
-    gate started;
-    rtb::expected<void, rtb::bridge_error> r;
-    std::thread caller([&] {
-        r = bridge.block_on_for(20ms, [&]() -> task<> {
-            started.open();
-            co_await never_sent.wait();
+TEST_CASE("a drain lets a call that gives up go, and ends") {
+    for (rtb::duration d = 20ms;; d *= 2) {
+        REQUIRE(d < 60s);
+        rtb::runtime_bridge bridge;
+        rtb::notify never_sent;
+        std::atomic<bool> started{false}, returned{false};
+        rtb::expected<void, rtb::bridge_error> r;
+        std::thread caller([&] {
+            r = bridge.block_on_for(d, [&]() -> task<> { // the bridge ends before what is referred to
+                started = true;
+                co_await never_sent.wait();
+            });
+            returned = true;
         });
-    });
-    started.wait();
-    const auto report = bridge.shutdown();
-    caller.join();
-    CHECK(r.error() == bridge_errc::timed_out);
-    CHECK(report.finished == 0);
-    CHECK(report.cancelled == 1);
+        while (!started && !returned) std::this_thread::yield();
+        const bool still_waits = !returned;
+        const auto report = bridge.shutdown();
+        caller.join();
+        CHECK(r.error() == bridge_errc::timed_out);
+        CHECK(report.finished == 0);
+        if (!started || !still_waits) continue; // a busy machine: too late
+        CHECK(report.cancelled <= 1);
+        CHECK(bridge.stats().cancelled == 1);
+        break;
+    }
 }
 
 TEST_CASE("a drain counts an awaited failure as finished, and the waiter gets its cause") {
@@ -423,11 +431,13 @@ TEST_CASE("at its deadline a drain becomes an abort") {
     started.wait();
     const auto deadline = rtb::clock::now() + 20ms;
     const auto report = bridge.shutdown(shutdown_mode::drain, deadline);
-    CHECK(rtb::clock::now() >= deadline);
+    const auto end = rtb::clock::now();
+    CHECK(end >= deadline);
     caller.join();
     CHECK(r.error() == bridge_errc::response_lost);
     CHECK(report.finished == 0);
-    CHECK(report.cancelled == 1);
+    CHECK(bridge.stats().cancelled == 1);
+    if (end < deadline + 100ms) CHECK(report.cancelled == 1); // else a busy machine used up the grace after the abort
     CHECK(report.stuck.empty());
 }
 
