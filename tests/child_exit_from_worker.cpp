@@ -20,6 +20,10 @@ int main() {
 #    include <thread>
 #    include <unistd.h>
 
+// exit() on the worker, in mid-step: its tasks are never destroyed, and LeakSanitizer would call that a leak.
+extern "C" const char* __lsan_default_options();
+extern "C" const char* __lsan_default_options() { return "detect_leaks=0"; }
+
 namespace {
 using namespace std::chrono_literals;
 using rtb::bridge_errc;
