@@ -209,7 +209,7 @@ TEST_CASE("damaged and random input ends in a reply, a refusal or a wait, never 
         std::uint64_t z = state;
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
         z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-        return (z ^ (z >> 31)) % below;
+        return static_cast<std::size_t>((z ^ (z >> 31)) % below);
     };
     constexpr std::string_view letters = "+-:$*0123456789\r\n\r\nab";
     std::size_t refused = 0, understood = 0, different = 0;
