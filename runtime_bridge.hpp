@@ -43,7 +43,7 @@
 //   RTB_ALLOC(n) / RTB_FREE(p)   ::operator new / delete   memory of coroutine frames
 //   RTB_FRAME_ALIGN       64                    alignment of frames, a power of two; part of the inline namespace if changed
 //   RTB_NO_THREADS        -                     the single-threaded port: no <thread>, no <mutex>; schedulers are pumped
-//   RTB_PORT_HEADER       -                     your own port; see tests/ports
+//   RTB_PORT_HEADER       -                     your own port; see tests/include/port_example.hpp
 //   RTB_CONFIG_ID         empty                 appended to the inline namespace, e.g. _mygame
 //
 // ERRORS    Expected outcomes are values: rtb::expected<T, X_error>. Exceptions pass through to whoever waits; misuse of a task
