@@ -5391,6 +5391,322 @@ template <> struct is_error_code_enum<::rtb::channel_errc> : true_type {};
 #endif
 // >>core-end
 
+#include <algorithm>  // min, max
+#include <span>       // a batch
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>common   what the four primitives share: errors of user code, retry policy
+// ---------------------------------------------------------------------------------------------------------------------
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+namespace detail {
+/// An error that users return: a code of the library, and their own message, std::error_code or exception.
+template <class Errc> class user_error : public error<Errc> {
+    std::string message_;
+    std::error_code system_;
+
+    static std::string message_of(const std::exception_ptr& e) {
+#if RTB_DETAIL_EXCEPTIONS
+        if (e) {
+            try {
+                std::rethrow_exception(e);
+            } catch (const std::exception& known) {
+                return known.what();
+            } catch (...) {
+                if (!std::current_exception()) throw;
+                return "an exception that is not a std::exception";
+            }
+        }
+#endif
+        static_cast<void>(e);
+        return {};
+    }
+
+public:
+    user_error(Errc code = Errc::failed) noexcept : error<Errc>(code) {}
+    user_error(Errc code, std::string message) : error<Errc>(code), message_(std::move(message)) {}
+    user_error(Errc code, std::exception_ptr cause) : error<Errc>(code, cause), message_(message_of(cause)) {}
+    user_error(Errc code, std::error_code system) : error<Errc>(code), message_(system.message()), system_(system) {}
+    user_error(std::string message) : user_error(Errc::failed, std::move(message)) {}
+    user_error(const char* message) : user_error(Errc::failed, std::string(message)) {}
+    user_error(std::error_code system) : user_error(Errc::failed, system) {}
+    user_error(std::exception_ptr cause) : user_error(Errc::failed, std::move(cause)) {}
+    const char* what() const noexcept { return message_.empty() ? error<Errc>::what() : message_.c_str(); }
+    /// The std::error_code it was made from, if any.
+    const std::error_code& system() const noexcept { return system_; }
+};
+}  // namespace detail
+
+/// How often and at which distance something that failed is tried again. Attempts count the first one. The wait doubles
+/// from backoff up to max_backoff; nothing random is added.
+struct retry_policy {
+    std::uint32_t max_attempts = 1;
+    duration backoff = std::chrono::milliseconds(100);
+    duration max_backoff = std::chrono::seconds(10);
+};
+
+namespace detail {
+/// The wait after the given number of failed attempts, 1 or more.
+inline duration backoff_after(const retry_policy& p, std::uint32_t failed) noexcept {
+    duration d = (std::max)(p.backoff, duration::zero());
+    for (; failed > 1 && d < p.max_backoff && d > duration::zero(); --failed) d = d > (duration::max)() / 2 ? (duration::max)() : d * 2;
+    return (std::max)((std::min)(d, p.max_backoff), duration::zero());
+}
+}  // namespace detail
+
+}  // inline namespace
+}  // namespace rtb
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>sink   background_sink
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>periodic   periodic_worker
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>actor   actor_handle
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>process.types   durable rows: what a registry stores, and the interface to it
+// ---------------------------------------------------------------------------------------------------------------------
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+enum class process_errc {
+    failed = 1, not_found, conflict, superseded, terminal, exhausted, locked, corrupt, io, closed, cancelled, would_deadlock, invalid, retry
+};
+
+namespace detail {
+template <> struct errc_info<process_errc> {
+    static constexpr const char* name = "rtb.process";
+    static const char* text(process_errc e) noexcept {
+        switch (e) {
+            case process_errc::failed: return "the process failed";
+            case process_errc::not_found: return "no process has this id";
+            case process_errc::conflict: return "the id is registered with other content, or the row is not in a state that allows this";
+            case process_errc::superseded: return "the lease is not the current one: it lapsed, or somebody else owns the process";
+            case process_errc::terminal: return "the process has ended; its record never changes again";
+            case process_errc::exhausted: return "a counter or a limit of the registry is used up";
+            case process_errc::locked: return "somebody else has the registry open";
+            case process_errc::corrupt: return "the stored data is damaged";
+            case process_errc::io: return "the storage failed; nothing was changed that was not acknowledged";
+            case process_errc::closed: return "the registry or the runner is closed";
+            case process_errc::cancelled: return "the process was cancelled on request";
+            case process_errc::would_deadlock: return "waiting here would block the thread that has to do the work";
+            case process_errc::invalid: return "an argument is not valid";
+            case process_errc::retry: return "the attempt failed and may be repeated";
+        }
+        return "unknown process error";
+    }
+};
+}  // namespace detail
+
+/// What registries, bodies and the runner report. From a code, a message, an std::error_code or an exception.
+class process_error : public detail::user_error<process_errc> {
+public:
+    using user_error::user_error;
+};
+
+/// What may happen to a process whose owner is gone. There is no default: only the author of a body knows.
+///   rerunnable        run it again: the body's effects happen at least once
+///   owner_bound       never start it a second time: at most once; without its owner it can only be abandoned
+///   externally_owned  no worker runs it; somebody outside completes it
+enum class process_disposition : unsigned char { rerunnable = 1, owner_bound, externally_owned };
+/// `running` covers everything that has not ended: the rows of this status are the queue.
+enum class process_status : unsigned char { running = 0, completed, failed, cancelled, abandoned };
+/// Why a process was abandoned: drained by its owner, found without one, at somebody's request, out of attempts.
+enum class process_abandoner : unsigned char { nobody = 0, owner_drain, sweep, reconciled, gave_up };
+/// Who may end a process without a lease.
+enum class process_authority : unsigned char { external_owner = 1, reconciled_abandon };
+/// The worst event after which an acknowledged change is still there.
+enum class process_durability : unsigned char { memory = 0, process_crash, power_loss };
+
+/// Who runs a process. `incarnation` is new for every attempt to own, so that no two lives are taken for one. The rest,
+/// if known, lets others on the same machine tell that this owner is dead (process_owner::of_this_process()).
+struct process_owner {
+    std::string id;
+    std::string incarnation;
+    std::string boot;  // machine, boot and process-id namespace; empty: unknown, never taken for dead
+    std::uint64_t pid = 0, started = 0;
+
+    process_owner() = default;
+    process_owner(std::string owner_id, std::string owner_incarnation = {}) : id(std::move(owner_id)), incarnation(std::move(owner_incarnation)) {}
+    friend bool operator==(const process_owner& a, const process_owner& b) noexcept { return a.id == b.id && a.incarnation == b.incarnation; }
+};
+
+/// What a starter registers. Registering the same id again with the same content is fine; with other content a conflict.
+struct process_registration {
+    std::string id{};
+    std::string kind{};
+    std::string input{};
+    process_disposition disposition{};  // required
+    std::uint32_t max_attempts = 5;     // rerunnable: starts, the first included
+};
+
+struct process_start {
+    process_owner owner;
+    std::int64_t at_ms = 0;  // wall clock, Unix milliseconds: for people
+    process_start() = default;
+    process_start(process_owner o, std::int64_t at) : owner(std::move(o)), at_ms(at) {}
+};
+struct process_request {
+    std::string by;
+    std::string reason;
+    std::int64_t at_ms = 0;  // wall clock, Unix milliseconds: for people
+    process_request() = default;
+    process_request(std::string from, std::string why, std::int64_t at) : by(std::move(from)), reason(std::move(why)), at_ms(at) {}
+};
+
+/// A row as it was when it was read.
+struct process_record {
+    std::string id, kind, input;
+    process_disposition disposition{};
+    process_status status = process_status::running;
+    std::string output;  // completed: the output; failed: the error; cancelled and abandoned: the reason
+    process_abandoner abandoned_by = process_abandoner::nobody;
+    std::uint32_t attempts = 0;  // recorded starts
+    std::uint32_t max_attempts = 5;
+    std::optional<process_start> first_started;
+    std::optional<process_request> abandon_request, cancel_request;
+    std::uint64_t fence = 0;   // of the last claim; grows with each change of owner and is never used twice
+    bool leased = false;       // somebody held an unexpired lease at the time of reading
+    bool holder_dead = false;  // the registry knows that whoever started it is gone
+    duration ready_in{};       // back-off still to wait before it can be claimed
+    std::int64_t created_ms = 0, updated_ms = 0;  // wall clock, Unix milliseconds: for people
+
+    process_record() = default;
+    bool terminal() const noexcept { return status != process_status::running; }
+};
+
+/// The right to run a process, until `expires`. A copy for reading: the store compares owner, token and fence with its
+/// own, and decides by its own clock.
+struct process_lease {
+    std::string process_id;
+    process_owner owner;
+    std::string token;  // unique per claim
+    std::uint64_t fence = 0;
+    time_point expires{};           // by the store's clock
+    bool cancel_requested = false;  // at the time of the claim or of the last renewal
+
+    process_lease() = default;
+};
+
+/// How a process ended.
+class process_outcome {
+    process_status status_;
+    process_abandoner by_;
+    std::string text_;
+    process_outcome(process_status s, process_abandoner by, std::string text) : status_(s), by_(by), text_(std::move(text)) {}
+
+public:
+    static process_outcome completed(std::string output = {}) { return {process_status::completed, process_abandoner::nobody, std::move(output)}; }
+    static process_outcome failed(std::string error) { return {process_status::failed, process_abandoner::nobody, std::move(error)}; }
+    static process_outcome cancelled(std::string reason = {}) { return {process_status::cancelled, process_abandoner::nobody, std::move(reason)}; }
+    static process_outcome abandoned(process_abandoner by, std::string reason = {}) { return {process_status::abandoned, by, std::move(reason)}; }
+    process_status status() const noexcept { return status_; }
+    process_abandoner abandoned_by() const noexcept { return by_; }
+    const std::string& text() const noexcept { return text_; }
+};
+
+/// What became of a claim. record() is the row as it was inside the same atomic step: decide on nothing else.
+class claim_result {
+public:
+    enum class kind : unsigned char { acquired, busy, terminal, deferred };
+
+private:
+    kind kind_;
+    process_record record_;
+    process_lease lease_;
+
+public:
+    claim_result(kind k, process_record record, process_lease lease = {}) : kind_(k), record_(std::move(record)), lease_(std::move(lease)) {}
+    bool acquired() const noexcept { return kind_ == kind::acquired; }
+    bool busy() const noexcept { return kind_ == kind::busy; }
+    bool terminal() const noexcept { return kind_ == kind::terminal; }
+    /// The back-off of the last attempt is not over; record().ready_in says when.
+    bool deferred() const noexcept { return kind_ == kind::deferred; }
+    const process_record& record() const noexcept { return record_; }
+    /// acquired: ours; busy: the holder's.
+    const process_lease& lease() const noexcept { return lease_; }
+};
+
+/// Which rows list_non_terminal() reads: at most `limit`, with ids greater than `after`.
+struct process_page {
+    std::string after;
+    std::size_t limit;
+    process_page(std::string after_id = {}, std::size_t most = 256) : after(std::move(after_id)), limit(most) {}
+};
+
+/// Where processes are stored. Each member is one atomic step; what it reports as done is durable as far as durability()
+/// says. Waiting for a process is not a registry's business. tests/registry_conformance.hpp certifies an implementation.
+///
+/// Errors    not_found; conflict; superseded (the lease is not the current, unexpired one); terminal; exhausted; io (nothing
+///           changed, or a repetition with the same arguments tells); invalid. A missing row is never reported as an error
+///           by try_get, and a failed read never as a missing row.
+/// Threads   all members, any thread, several at once. The returned tasks may be destroyed where they are suspended;
+///           the change has then happened entirely or not at all.
+class process_registry {
+public:
+    virtual ~process_registry() = default;
+
+    /// Idempotent. `conflict` if the id exists with another kind, input, disposition or number of attempts.
+    virtual task<expected<process_record, process_error>> register_process(process_registration) = 0;
+    virtual task<expected<std::optional<process_record>, process_error>> try_get(std::string id) = 0;
+    /// In the order of ids (bytes). Fewer rows than the limit: the last page.
+    virtual task<expected<std::vector<process_record>, process_error>> list_non_terminal(process_page) = 0;
+    /// Takes the process if nobody holds an unexpired lease: new token, fence + 1. The owner that holds it already gets its
+    /// lease again (same token and fence, so a claim whose answer was lost can be repeated). Clears holder_dead only by a start.
+    virtual task<expected<claim_result, process_error>> claim(std::string id, process_owner, duration ttl) = 0;
+    /// Takes it from a holder that is known to be dead, if its lease is still the one observed; else busy with the new holder.
+    virtual task<expected<claim_result, process_error>> reclaim(std::string id, process_owner, process_lease observed, duration ttl) = 0;
+    /// The lease now ends ttl from the store's now. Needs the current, unexpired lease.
+    virtual task<expected<process_lease, process_error>> renew(process_lease, duration ttl) = 0;
+    /// As stored: it may have expired.
+    virtual task<expected<std::optional<process_lease>, process_error>> get_lease(std::string id) = 0;
+    /// Gives the lease back; a lease that is not the current one is no error and changes nothing. refund: the attempt that this
+    /// lease recorded does not count (and, for a first start, is forgotten only if the process is rerunnable). delay: not
+    /// claimable before that. Idempotent.
+    virtual task<expected<void, process_error>> release(process_lease, bool refund = false, duration delay = {}) = 0;
+    /// Counts an attempt and keeps the first starter. Once per lease: repeated with the same lease it changes nothing.
+    /// An owner_bound process that another lease started is a conflict.
+    virtual task<expected<process_record, process_error>> record_first_started(process_lease) = 0;
+    /// Ends the process and its lease in one step. Needs the current, unexpired lease, except that the same outcome
+    /// under the lease that wrote it is answered with the record.
+    virtual task<expected<process_record, process_error>> complete_with_lease(process_lease, process_outcome) = 0;
+    /// Ends a process without a lease. external_owner: externally_owned ones only, any outcome. reconciled_abandon: outcome
+    /// abandoned, of a process whose abandonment was requested and which nobody holds.
+    virtual task<expected<process_record, process_error>> complete(std::string id, process_outcome, process_authority) = 0;
+    /// A mark for the next sweep; the first one stays.
+    virtual task<expected<process_record, process_error>> request_abandon(std::string id, std::string by, std::string reason) = 0;
+    /// A mark for whoever runs or will run it; the first one stays.
+    virtual task<expected<process_record, process_error>> request_cancel(std::string id, std::string reason) = 0;
+    /// Removes up to `limit` terminal rows that ended at least `older_than` ago; how many. Fences of an id that is
+    /// registered again are never ones it had.
+    virtual task<expected<std::size_t, process_error>> prune(duration older_than = {}, std::size_t limit = (std::numeric_limits<std::size_t>::max)()) = 0;
+    /// Housekeeping that may take long (compaction). A runner calls it between sweeps.
+    virtual task<expected<void, process_error>> maintain() { co_return expected<void, process_error>(); }
+    virtual process_durability durability() const noexcept = 0;
+};
+
+}  // inline namespace
+}  // namespace rtb
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>process.memory   memory_process_registry
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>process.journal   the journal file: format, file access, journal_process_registry
+// ---------------------------------------------------------------------------------------------------------------------
+
+// ---------------------------------------------------------------------------------------------------------------------
+// >>process.runner   durable_process_worker, process_work_runner
+// ---------------------------------------------------------------------------------------------------------------------
+
 // ---------------------------------------------------------------------------------------------------------------------
 // >>undef   internal macros
 // ---------------------------------------------------------------------------------------------------------------------
