@@ -2653,6 +2653,7 @@ public:
 
 namespace detail {
 struct task_access {
+    template <class T> static frame_base* peek(const task<T>& t) noexcept { return t.frame_; }
     template <class T> static frame_base* release(task<T>& t) noexcept { return std::exchange(t.frame_, nullptr); }
     template <class T> static bool fresh(const task<T>& t) noexcept { return t.frame_ != nullptr && !t.frame_->started; }
 };
@@ -2810,30 +2811,30 @@ inline void unregister_joiner(frame_base* f, runnable* r) noexcept {
 }  // namespace detail
 
 namespace detail {
-struct joiner_guard : immovable {  // also when a forced unwind tears the wait down
-    frame_base* f;
-    blocker* b;
-    joiner_guard(frame_base* frame, blocker* waiter) noexcept : f(frame), b(waiter) {}
-    ~joiner_guard() {
-        if (!b->is_done()) unregister_joiner(f, b);
+template <class Leave> struct leave_guard : immovable {  // also when a forced unwind tears the wait down
+    Leave& leave;
+    blocker& b;
+    leave_guard(Leave& l, blocker& waiter) noexcept : leave(l), b(waiter) {}
+    ~leave_guard() {
+        if (!b.is_done()) leave(b);
     }
 };
-/// Waits until a root is over. Inside a run of its scheduler: would_deadlock. On the home thread of a scheduler that nobody
-/// runs: runs it. Else: blocks.
-inline wait_end wait_for_root(frame_base* f, time_point until) {
-    sched_core* const c = f->core;
+/// Blocks until a wake-up that comes from something on `c`. Inside a run of c: would_deadlock. On the home thread of a
+/// scheduler that nobody runs: runs it. Else: blocks. enter(blocker) registers the waiter with what it waits for, false if
+/// there is nothing to wait for; leave(blocker) takes it back, under the same lock as the one that wakes it.
+template <class Enter, class Leave> wait_end wait_on(sched_core* const c, time_point until, Enter enter, Leave leave) {
     if (runs_here(c)) return wait_end::would_deadlock;
     blocker b;
     const auto give_up = [&](wait_end why) {
-        unregister_joiner(f, &b);
+        leave(b);
         return b.is_done() ? wait_end::done : why;
     };
     if (!c->on_worker && c->home.load(std::memory_order_relaxed) == port::this_thread_id()) {
         run_scope scope(c);
         if (scope) {
             std::size_t steps = 0;
-            if (!register_joiner(f, &b)) return wait_end::done;
-            const joiner_guard registered(f, &b);
+            if (!enter(b)) return wait_end::done;
+            const leave_guard<Leave> registered(leave, b);
             if (c->pump([&b] { return b.is_done(); }, until, steps)) return wait_end::done;
             return give_up(until != never && clock::now() >= until ? wait_end::timed_out : wait_end::would_deadlock);
         }
@@ -2841,7 +2842,7 @@ inline wait_end wait_for_root(frame_base* f, time_point until) {
     sched_core* const leader = current_leader();
     if (leader != nullptr && !publish_edge(leader, c, until)) return wait_end::would_deadlock;
     b.edge_of = leader;
-    if (!register_joiner(f, &b)) {
+    if (!enter(b)) {
         if (leader != nullptr) clear_edge(leader);
         return wait_end::done;
     }
@@ -2849,6 +2850,10 @@ inline wait_end wait_for_root(frame_base* f, time_point until) {
     const wait_end end = give_up(wait_end::timed_out);
     if (end != wait_end::done && leader != nullptr) clear_edge(leader);
     return end;
+}
+/// Waits until a root is over.
+inline wait_end wait_for_root(frame_base* f, time_point until) {
+    return wait_on(f->core, until, [f](blocker& b) { return register_joiner(f, &b); }, [f](blocker& b) { unregister_joiner(f, &b); });
 }
 /// The handle goes while somebody waits for it: lets the waiter go on.
 inline void release_joiner(frame_base* f) noexcept {
@@ -3061,7 +3066,8 @@ public:
         detail::frame_base* f = detail::handle_access::frame(handle);
         detail::blocker b;
         if (!detail::register_joiner(f, &b)) return detail::handle_access::take<T>(handle);
-        const detail::joiner_guard registered(f, &b);
+        auto leave = [f](detail::blocker& waiter) { detail::unregister_joiner(f, &waiter); };
+        const detail::leave_guard<decltype(leave)> registered(leave, b);
         std::size_t steps = 0;
         const bool finished = core_->pump([&b] { return b.is_done(); }, detail::never, steps);
         if (!finished) {
@@ -3359,6 +3365,7 @@ struct worker : immovable {
 
     worker(scheduler_options o, thread_hook hook) : sched(std::move(o)), on_start(std::move(hook)) {}
     sched_core* core() noexcept { return sched.core_; }
+    static sched_core* core_of(rtb::scheduler& s) noexcept { return s.core_; }
 
     /// Starts the thread. On error the caller deletes the worker.
     std::error_code start() noexcept {
