@@ -5399,11 +5399,29 @@ template <> struct is_error_code_enum<::rtb::channel_errc> : true_type {};
 // >>core-end
 
 #include <algorithm>  // min, max
+#include <concepts>   // same_as
 #include <span>       // a batch
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>common   what the four primitives share: errors of user code, retry policy
 // ---------------------------------------------------------------------------------------------------------------------
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+enum class sink_errc;  // all of them are error codes, which must be known before anything asks
+enum class drain_errc;
+enum class tick_errc;
+enum class actor_errc;
+enum class process_errc;
+}  // inline namespace
+}  // namespace rtb
+namespace std {
+template <> struct is_error_code_enum<::rtb::sink_errc> : true_type {};
+template <> struct is_error_code_enum<::rtb::drain_errc> : true_type {};
+template <> struct is_error_code_enum<::rtb::tick_errc> : true_type {};
+template <> struct is_error_code_enum<::rtb::actor_errc> : true_type {};
+template <> struct is_error_code_enum<::rtb::process_errc> : true_type {};
+}  // namespace std
+
 namespace rtb {
 inline namespace RTB_DETAIL_NS {
 
@@ -5413,16 +5431,20 @@ template <class Errc> class user_error : public error<Errc> {
     std::string message_;
     std::error_code system_;
 
+    static std::string text_or_nothing(const char* text) noexcept {
+        RTB_DETAIL_TRY { return text; }
+        RTB_DETAIL_CATCH_ALL { return {}; }
+    }
     static std::string message_of(const std::exception_ptr& e) {
 #if RTB_DETAIL_EXCEPTIONS
         if (e) {
             try {
                 std::rethrow_exception(e);
             } catch (const std::exception& known) {
-                return known.what();
+                return text_or_nothing(known.what());
             } catch (...) {
                 if (!std::current_exception()) throw;
-                return "an exception that is not a std::exception";
+                return text_or_nothing("an exception that is not a std::exception");
             }
         }
 #endif
@@ -5466,8 +5488,1508 @@ inline duration backoff_after(const retry_policy& p, std::uint32_t failed) noexc
 }  // namespace rtb
 
 // ---------------------------------------------------------------------------------------------------------------------
+// >>service   the life of a primitive: one main task, its state, closing, joining
+// ---------------------------------------------------------------------------------------------------------------------
+// A primitive is a state shared by its handles and one main task on one scheduler, its own thread's or one that it shares.
+// The main task is a loop: look at the state under `m`, do one thing outside of `m`, sleep until somebody signals. All user
+// code is called by the main task. Lock order: m, then the inbox of a scheduler; a token's lock is never taken under m.
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+namespace detail {
+struct service;
+
+struct close_on_cancel {
+    service* s;
+    void operator()() const noexcept;
+};
+struct stop_link {  // ties a user's token to a service
+    cancel_registration<close_on_cancel> registration;
+    stop_link(const cancellation_token& token, service* s) : registration(token.on_cancel(close_on_cancel{s})) {}
+};
+struct wait_node : link {
+    runnable* target = nullptr;
+};
+
+struct service : immovable {
+    port::atomic<unsigned> refs{1};  // handles, producers, the main task
+    sched_core* const core;          // a reference
+    const bool own_thread;
+    const duration grace;            // from the beginning of closing until a suspended callback is destroyed
+    frame_base* callback = nullptr;  // loop: the chain of the callback that the main task awaits
+    cancellation_token closed;       // cancelled when closing begins
+
+    mutable port::mutex m;
+    // -- m --
+    bool closing = false;
+    bool over = false;  // the main task is gone, and user objects with it
+    bool signalled = false;
+    runnable* sleeper = nullptr;  // the main task, while it sleeps
+    list<wait_node> joiners;
+    time_point close_at = never;         // when closing began, by the scheduler's clock ...
+    time_point close_at_steady = never;  // ... and by the real one
+
+    std::optional<stop_link> tie;  // fixed until the last reference goes
+
+    service(sched_core* c, bool own, duration grace_time) : core(c), own_thread(own), grace(grace_time) { c->add_ref(); }
+    virtual ~service() { core->drop_ref(); }
+    /// Under m, when closing begins: refuses whoever waits to hand something in.
+    virtual void refuse_locked() noexcept {}
+    /// By the end of the main task, without m, nobody else uses it: destroys what the user gave, and what is still queued.
+    virtual void destroy_user() noexcept = 0;
+    /// Under m, when the main task is gone: answers whoever still waits.
+    virtual void end_locked() noexcept {}
+
+    void add_ref() noexcept { refs.fetch_add(1, std::memory_order_relaxed); }
+    void drop_ref() noexcept {
+        if (refs.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+        tie.reset();  // waits for a callback that runs on another thread, before anything of the derived class goes
+        delete this;
+    }
+    void signal_locked() noexcept {
+        if (signalled) return;
+        signalled = true;
+        if (sleeper != nullptr) wake(sleeper);
+    }
+    void signal() noexcept {
+        if (core->out_of_reach()) return;
+        port::unique_lock l(m);
+        signal_locked();
+    }
+    void wake_joiners_locked() noexcept {
+        while (wait_node* n = joiners.pop_front()) wake(n->target);
+    }
+    void begin_close_locked() noexcept {
+        closing = true;
+        close_at = core->now();
+        close_at_steady = clock::now();
+        refuse_locked();
+    }
+    void begin_close() noexcept {
+        if (core->out_of_reach()) return;
+        {
+            port::unique_lock l(m);
+            if (closing) return;
+            begin_close_locked();
+            signal_locked();
+            wake_joiners_locked();  // from now on they are limited by the grace
+        }
+        closed.cancel();
+    }
+    /// The main task is over, or was destroyed with its scheduler.
+    void end() noexcept {
+        {
+            port::unique_lock l(m);
+            if (!closing) begin_close_locked();
+        }
+        closed.cancel();
+        destroy_user();
+        {
+            port::unique_lock l(m);
+            over = true;
+            end_locked();
+            wake_joiners_locked();
+        }
+        if (own_thread) core->request_stop();
+        drop_ref();
+    }
+    bool is_closing() const noexcept {
+        port::unique_lock l(m);
+        return closing;
+    }
+    /// When the grace of a service that closes is over, by the scheduler's clock; never, if it does not close.
+    time_point grace_end() const noexcept {
+        port::unique_lock l(m);
+        return closing ? deadline_after(close_at, grace) : never;
+    }
+    bool grace_over() const noexcept {
+        const time_point end = grace_end();
+        return end != never && core->now() >= end;
+    }
+    /// True in the callback coroutine that the main task awaits just now: waiting there for this service would never end.
+    bool in_callback(const sched_core* c) const noexcept { return c == core && callback != nullptr && c->current == callback; }
+    /// In mid-step: a callback does not give the thread back. Which task: logged by the caller.
+    bool in_mid_step() const noexcept {
+        RTB_DETAIL_TRY {
+            std::string name, where;
+            return core->look(name, where);
+        }
+        RTB_DETAIL_CATCH_ALL { return true; }
+    }
+    /// The time by which a service that closes should be over, with some slack for short steps. Real time.
+    time_point stuck_after() const noexcept {
+        port::unique_lock l(m);
+        return closing ? deadline_after(deadline_after(close_at_steady, grace), std::chrono::milliseconds(100)) : never;
+    }
+    enum class join_end { over, stuck, timed_out, would_deadlock, not_here };
+    join_end wait_over(time_point until) noexcept;
+};
+inline void close_on_cancel::operator()() const noexcept { s->begin_close(); }
+
+// Blocks until the service is over, the time is over, or it is closing and sits in a step that outlasts the grace.
+inline service::join_end service::wait_over(time_point until) noexcept {
+    if (core->out_of_reach()) return join_end::not_here;
+    for (time_point patience = stuck_after();;) {
+        wait_node n;
+        const wait_end end = wait_on(
+            core, (std::min)(until, patience),
+            [&](blocker& b) {
+                port::unique_lock l(m);
+                if (over || (closing && patience == never && grace != (duration::max)())) return false;
+                n.target = &b;
+                joiners.push_back(&n);
+                return true;
+            },
+            [&](blocker&) {
+                port::unique_lock l(m);
+                if (n.linked()) n.unlink();
+            });
+        {
+            port::unique_lock l(m);
+            if (over) return join_end::over;
+        }
+        if (end == wait_end::would_deadlock) return join_end::would_deadlock;
+        const time_point t = clock::now();
+        if (end == wait_end::timed_out && t >= until) return join_end::timed_out;
+        if (patience == never)
+            patience = stuck_after();
+        else if (end == wait_end::timed_out && t >= patience) {
+            if (in_mid_step()) return join_end::stuck;
+            patience = deadline_after(t, std::chrono::milliseconds(100));  // merely slow, or its time is virtual
+        }
+    }
+}
+
+/// The end of a main task, whichever way it goes: a parameter of its coroutine.
+class ending {
+    service* s_;
+
+public:
+    explicit ending(service* s) noexcept : s_(s) { s->add_ref(); }
+    ending(ending&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    ending& operator=(ending&&) = delete;
+    ~ending() {
+        if (s_ != nullptr) s_->end();
+    }
+    service* get() const noexcept { return s_; }
+};
+template <class S> class service_ref {  // one reference
+    S* s_ = nullptr;
+
+public:
+    service_ref() noexcept = default;
+    explicit service_ref(S* s) noexcept : s_(s) { s->add_ref(); }
+    service_ref(const service_ref& o) noexcept : s_(o.s_) {
+        if (s_ != nullptr) s_->add_ref();
+    }
+    service_ref(service_ref&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    service_ref& operator=(service_ref o) noexcept {
+        std::swap(s_, o.s_);
+        return *this;
+    }
+    ~service_ref() {
+        if (s_ != nullptr && !s_->core->out_of_reach()) s_->drop_ref();  // in a forked child it is left alone
+    }
+    S* get() const noexcept { return s_; }
+    S* operator->() const noexcept { return s_; }
+};
+
+/// The main task's sleep: until somebody signals, or until the time.
+class pause_leaf {
+    service* s_;
+    time_point until_;
+    timer_node node_;
+    bool waiting_ = false;
+
+    void leave() noexcept {
+        if (!waiting_) return;
+        waiting_ = false;
+        if (node_.linked()) s_->core->timers.remove(&node_);
+        port::unique_lock l(s_->m);
+        s_->sleeper = nullptr;
+        s_->signalled = false;
+    }
+    bool over_locked() noexcept {
+        if (std::exchange(s_->signalled, false)) return true;
+        return until_ != never && until_ <= s_->core->now();
+    }
+
+public:
+    using rtb_leaf = void;
+    pause_leaf(service* s, time_point until) noexcept : s_(s), until_(until) {}
+    pause_leaf(pause_leaf&& o) noexcept : s_(o.s_), until_(o.until_) {}
+    ~pause_leaf() { leave(); }
+    bool ready(sched_core*) noexcept {
+        port::unique_lock l(s_->m);
+        return over_locked();
+    }
+    bool suspend(runnable* r) noexcept {
+        port::unique_lock l(s_->m);
+        if (over_locked()) return false;
+        waiting_ = true;
+        s_->sleeper = r;
+        node_.target = r;
+        if (until_ != never) s_->core->timers.insert(&node_, until_);
+        return true;
+    }
+    void resume() noexcept { leave(); }
+};
+
+/// co_await: until the service is over, or until it begins to close; or for a while, if that was before.
+class join_leaf : wait_node {
+    service* s_;
+    timer_node node_;
+    bool waiting_ = false, was_closing_;
+
+    static constexpr duration k_join_slice = std::chrono::milliseconds(100);
+
+    void leave() noexcept {
+        if (!waiting_) return;
+        waiting_ = false;
+        if (node_.linked()) node_.target->core->timers.remove(&node_);
+        port::unique_lock l(s_->m);
+        if (wait_node::linked()) wait_node::unlink();
+    }
+
+public:
+    using rtb_leaf = void;
+    join_leaf(service* s, bool was_closing) noexcept : s_(s), was_closing_(was_closing) {}
+    join_leaf(join_leaf&& o) noexcept : wait_node(), s_(o.s_), was_closing_(o.was_closing_) {}
+    ~join_leaf() { leave(); }
+    bool ready(sched_core*) noexcept {
+        port::unique_lock l(s_->m);
+        return s_->over || (!was_closing_ && s_->closing);
+    }
+    bool suspend(runnable* r) noexcept {
+        port::unique_lock l(s_->m);
+        if (s_->over || (!was_closing_ && s_->closing)) return false;
+        waiting_ = true;
+        wait_node::target = node_.target = r;
+        s_->joiners.push_back(this);
+        // On the service's own scheduler a stuck step would keep us from looking.
+        if (was_closing_ && r->core != s_->core && s_->grace != (duration::max)()) r->core->timers.insert(&node_, deadline_after(r->core->now(), k_join_slice));
+        return true;
+    }
+    void resume() noexcept { leave(); }
+};
+/// co_await: true if the awaiting code is the callback that the main task of this service waits for.
+class self_leaf {
+    service* s_;
+    bool self_ = false;
+
+public:
+    using rtb_leaf = void;
+    explicit self_leaf(service* s) noexcept : s_(s) {}
+    bool ready(sched_core* c) noexcept {
+        self_ = s_->in_callback(c);
+        return true;
+    }
+    bool suspend(runnable* r) noexcept {
+        self_ = s_->in_callback(r->core);
+        return false;
+    }
+    bool resume() const noexcept { return self_; }
+};
+
+// ---- calling user code ----
+
+template <class Err, class E> Err error_from(E&& e) {
+    using bare = std::remove_cvref_t<E>;
+    if constexpr (std::is_constructible_v<Err, E&&>)
+        return Err(std::forward<E>(e));
+    else if constexpr (std::is_convertible_v<const bare&, std::string_view>)
+        return Err(std::string(std::string_view(e)));
+    else if constexpr (requires { e.cause() ? 0 : 1; e.what(); })
+        return e.cause() ? Err(e.cause()) : Err(std::string(e.what()));
+    else if constexpr (requires { e.what(); })
+        return Err(std::string(e.what()));
+    else if constexpr (requires { std::error_code(make_error_code(e)); })
+        return Err(std::error_code(make_error_code(e)));
+    else
+        return Err("user code returned an error");
+}
+/// How a callback ended. cut: it was destroyed where it was suspended, because its time or the grace was over.
+template <class Err> struct callback_end {
+    std::optional<Err> error;
+    bool cut = false;        // by the end of the grace
+    bool timed_out = false;  // by its own limit
+    callback_end() noexcept {}
+    explicit operator bool() const noexcept { return !error && !cut && !timed_out; }
+};
+template <class Err, class R> std::optional<Err> error_in(R&& r) {  // R: void's stand-in, expected, or a value that is ignored
+    if constexpr (is_expected<std::remove_cvref_t<R>>) {
+        if (!r) return error_from<Err>(std::move(r).error());
+    }
+    return std::nullopt;
+}
+/// Calls plain user code.
+template <class Err, class Call> callback_end<Err> call_plain(Call&& call) {
+    callback_end<Err> end;
+    RTB_DETAIL_TRY {
+        if constexpr (std::is_void_v<decltype(call())>)
+            call();
+        else
+            end.error = error_in<Err>(call());
+    }
+    RTB_DETAIL_CATCH_ALL {
+        if (!std::current_exception()) RTB_DETAIL_RETHROW;  // a forced unwind
+        end.error.emplace(std::current_exception());
+    }
+    return end;
+}
+inline task<void> grace_end_of(service* s) {
+    co_await s->closed.cancelled();
+    const time_point end = s->grace_end();
+    co_await sleep_until(end);
+}
+struct callback_scope : immovable {
+    service* s;
+    callback_scope(service* of, frame_base* chain) noexcept : s(of) { s->callback = chain; }
+    ~callback_scope() { s->callback = nullptr; }
+};
+/// Calls user code that may be a coroutine, and awaits it for at most `limit`.
+template <class Err, class Call> task<callback_end<Err>> run_callback(service* s, Call call, duration limit = (duration::max)()) {
+    callback_end<Err> end;
+    using R = decltype(call());
+    if constexpr (!is_task<R>) {
+        static_cast<void>(limit);
+        end = call_plain<Err>(call);
+    } else {
+        RTB_DETAIL_TRY {
+            R t = call();
+            task<void> grace = grace_end_of(s);
+            const callback_scope here(s, task_access::peek(t));
+            auto first_of = when_any(std::move(t), sleep_leaf(limit), std::move(grace));
+            auto first = co_await first_of;
+            end.timed_out = first.index() == 1;
+            end.cut = first.index() == 2;
+            if (first.index() == 0) end.error = error_in<Err>(first.template get<0>());
+        }
+        RTB_DETAIL_CATCH_ALL {
+            if (!std::current_exception()) RTB_DETAIL_RETHROW;
+            end.error.emplace(std::current_exception());
+        }
+    }
+    co_return end;
+}
+template <class Text> void log_about(log_level level, const char* kind, const std::string& name, const Text& text) noexcept {
+    RTB_DETAIL_TRY { log(level, std::string(kind) + " '" + name + "': " + text); }
+    RTB_DETAIL_CATCH_ALL { log(level, kind); }
+}
+
+// ---- starting ----
+
+/// A worker thread until somebody takes it over.
+class own_worker : immovable {
+    worker* w_ = nullptr;
+
+public:
+    own_worker() noexcept = default;
+    ~own_worker() {
+        if (w_ == nullptr) return;
+        w_->core()->request_stop();
+        w_->join();
+        w_->drop_ref();
+    }
+    std::error_code start(const std::string& name, duration spin) {
+        scheduler_options o;
+        o.name = name;
+        o.spin = spin;
+        worker* w = new worker(std::move(o), {});
+        if (const std::error_code e = w->start()) {
+            delete w;
+            return e;
+        }
+        w_ = w;
+        return {};
+    }
+    worker* get() const noexcept { return w_; }
+    worker* release() noexcept { return std::exchange(w_, nullptr); }
+};
+
+/// What join() and wait() of all handles do. Report is copied out of the state: every joiner gets it.
+template <class Report> struct reporting_service : service {
+    Report report{};  // m once `over`; before that the main task's
+    using service::service;
+};
+template <class Report> expected<Report, join_error> joined(reporting_service<Report>* s, service::join_end end) {
+    switch (end) {
+        case service::join_end::timed_out: return rtb::unexpected(join_errc::timed_out);
+        case service::join_end::would_deadlock: return rtb::unexpected(join_errc::would_deadlock);
+        case service::join_end::not_here: return rtb::unexpected(join_errc::cancelled);
+        case service::join_end::stuck: {
+            Report r{};
+            r.stuck = true;
+            return r;
+        }
+        case service::join_end::over: break;
+    }
+    port::unique_lock l(s->m);
+    return s->report;
+}
+template <class Report> task<expected<Report, join_error>> join_task(service_ref<reporting_service<Report>> s) {
+    const bool self = co_await self_leaf(s.get());
+    if (self) co_return rtb::unexpected(join_errc::would_deadlock);
+    if (s->core->out_of_reach()) co_return joined(s.get(), service::join_end::not_here);
+    for (bool closing = false;;) {
+        co_await join_leaf(s.get(), closing);
+        bool over = false;
+        {
+            port::unique_lock l(s->m);
+            over = s->over;
+        }
+        if (over) co_return joined(s.get(), service::join_end::over);
+        if (closing && clock::now() >= s->stuck_after() && s->in_mid_step()) co_return joined(s.get(), service::join_end::stuck);
+        closing = true;
+    }
+}
+
+/// The other end of a primitive: joins it. Move-only.
+///
+/// Result    co_await join(), wait(), wait_for(): expected<Report, join_error>. The report, every time it is asked for; with
+///           `stuck` if a callback in mid-step outlasted the grace. `timed_out`; `would_deadlock` on the primitive's own
+///           worker, in its own callbacks, and where waiting would close a cycle; `cancelled` in a forked child.
+/// Cancel    dropping a wait changes nothing. cancel() begins a graceful shutdown, as the token does.
+/// Lifetime  own thread: the destructor cancels and joins; a callback that is stuck is logged and left behind, and what it
+///           refers to must outlive it. On a shared scheduler: the destructor cancels and does not wait. After detach()
+///           neither happens.
+/// Threads   all members but moving, any thread.
+template <class Report> class service_handle {
+protected:
+    service_ref<reporting_service<Report>> s_;
+
+private:
+    worker* w_ = nullptr;  // own thread: a reference
+    bool armed_ = true;    // not detached
+
+    void close() noexcept {
+        worker* const w = std::exchange(w_, nullptr);
+        service* const s = s_.get();
+        if (s == nullptr || s->core->out_of_reach()) return;
+        s->begin_close();
+        if (w == nullptr) return;
+        const service::join_end end = s->wait_over(never);
+        if (end == service::join_end::over || runs_here(s->core)) {
+            w->join();  // on the worker itself: detaches
+        } else {
+            log_about(log_level::error, "concurrency", w->core()->options.name, "still busy when its handle was destroyed; left behind");
+            w->abandon();
+        }
+        w->drop_ref();
+    }
+
+public:
+    service_handle() noexcept = default;
+    service_handle(reporting_service<Report>* s, worker* w) noexcept : s_(s), w_(w) {}
+    service_handle(service_handle&& o) noexcept : s_(std::move(o.s_)), w_(std::exchange(o.w_, nullptr)), armed_(o.armed_) {}
+    service_handle& operator=(service_handle&& o) noexcept {
+        if (this != &o) {
+            if (armed_) close();
+            s_ = std::move(o.s_);
+            w_ = std::exchange(o.w_, nullptr);
+            armed_ = o.armed_;
+        }
+        return *this;
+    }
+    ~service_handle() {
+        if (armed_) close();
+    }
+
+    /// co_await handle.join(): expected<Report, join_error>.
+    task<expected<Report, join_error>> join() const { return join_task<Report>(s_); }
+    expected<Report, join_error> wait() const { return wait_until(never); }
+    expected<Report, join_error> wait_for(duration d) const { return wait_until(deadline_after(clock::now(), d)); }
+    /// The deadline is real steady time.
+    expected<Report, join_error> wait_until(time_point deadline) const {
+        if (s_.get() == nullptr) return rtb::unexpected(join_errc::cancelled);
+        return joined(s_.get(), s_->wait_over(deadline));
+    }
+    /// Begins a graceful shutdown. Never waits; idempotent.
+    void cancel() noexcept {
+        if (s_.get() != nullptr) s_->begin_close();
+    }
+    /// True once it is over.
+    bool done() const noexcept {
+        if (s_.get() == nullptr || s_->core->out_of_reach()) return true;
+        port::unique_lock l(s_->m);
+        return s_->over;
+    }
+    /// It goes on without this handle, until its token, its last producer or its scheduler ends it.
+    void detach() noexcept {
+        armed_ = false;
+        worker* const w = std::exchange(w_, nullptr);
+        if (w == nullptr || w->core()->out_of_reach()) return;
+        w->abandon();
+        w->drop_ref();
+    }
+};
+}  // namespace detail
+}  // inline namespace
+}  // namespace rtb
+
+// ---------------------------------------------------------------------------------------------------------------------
 // >>sink   background_sink
 // ---------------------------------------------------------------------------------------------------------------------
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+enum class sink_errc { overflow = 1, closed, drain, timed_out, would_deadlock };
+enum class drain_errc { failed = 1, cut_short };
+
+namespace detail {
+template <> struct errc_info<sink_errc> {
+    static constexpr const char* name = "rtb.sink";
+    static const char* text(sink_errc e) noexcept {
+        switch (e) {
+            case sink_errc::overflow: return "the sink is full, or had to drop what it had accepted";
+            case sink_errc::closed: return "the sink is closed";
+            case sink_errc::drain: return "the drain failed";
+            case sink_errc::timed_out: return "the sink did not get that far in time";
+            case sink_errc::would_deadlock: return "waiting here would wait for this very worker";
+        }
+        return "unknown sink error";
+    }
+};
+template <> struct errc_info<drain_errc> {
+    static constexpr const char* name = "rtb.drain";
+    static const char* text(drain_errc e) noexcept {
+        switch (e) {
+            case drain_errc::failed: return "the drain failed";
+            case drain_errc::cut_short: return "the drain was destroyed in mid-way: the close timeout was over";
+        }
+        return "unknown drain error";
+    }
+};
+}  // namespace detail
+
+/// What a drain returns when it fails: from a message, an std::error_code or an exception.
+class drain_error : public detail::user_error<drain_errc> {
+public:
+    using user_error::user_error;
+};
+/// Sequences, both ends included.
+struct sink_range {
+    std::uint64_t first = 0, last = 0;
+    friend bool operator==(const sink_range& a, const sink_range& b) noexcept { return a.first == b.first && a.last == b.last; }
+};
+/// Why a flush failed. drain: cause(), what() and range() are those of the first failed batch that no flush had reported;
+/// lost() counts the messages of all of them. overflow: lost() accepted messages were dropped for newer ones.
+class sink_error : public detail::error<sink_errc> {
+    sink_range range_;
+    std::uint64_t lost_ = 0;
+    std::string message_;
+
+public:
+    using error::error;
+    sink_error(sink_errc code, std::exception_ptr cause, std::string message, sink_range range, std::uint64_t lost)
+        : error(code, std::move(cause)), range_(range), lost_(lost), message_(std::move(message)) {}
+    const char* what() const noexcept { return message_.empty() ? error::what() : message_.c_str(); }
+    sink_range range() const noexcept { return range_; }
+    std::uint64_t lost() const noexcept { return lost_; }
+};
+/// A refused push: the value comes back in value().
+template <class T> class push_error : public sink_error {
+    T value_;
+
+public:
+    push_error(sink_errc code, T value) : sink_error(code), value_(std::move(value)) {}
+    T& value() & noexcept { return value_; }
+    const T& value() const& noexcept { return value_; }
+    T&& value() && noexcept { return std::move(value_); }
+};
+
+/// What try_push does with a full queue. drop: refuses the new message and counts it. drop_oldest: makes room. block: refuses
+/// without counting; meant for push() and push_blocking(), which wait for room in every mode.
+enum class overflow { drop, drop_oldest, block };
+
+struct background_sink_config {
+    std::size_t queue_capacity = 10'000;  // messages that wait; a batch that is being written does not count
+    std::size_t batch_size = 256;
+    duration flush_interval = std::chrono::milliseconds(100);  // the oldest message waits no longer before it is written
+    enum overflow overflow = overflow::drop;
+    std::string metric_prefix{};    // of write_prometheus; empty: it writes nothing
+    retry_policy retry{};           // of a failed batch: by default there is one attempt
+    duration close_timeout = std::chrono::seconds(30);  // from cancel until what is not written is given up
+    std::size_t byte_capacity = 0;  // 0: off. Else the sum of sink_size(const T&), found by ADL, of what waits
+    std::size_t batch_bytes = 0;    // 0: off. Else a batch starts at this size
+    std::string name{};             // of the thread and the task; default: "sink"
+};
+struct sink_stats {
+    std::uint64_t pushed = 0;        // accepted
+    std::uint64_t dropped = 0;       // refused by try_push in the two drop modes, or evicted
+    std::uint64_t written = 0;       // messages in batches that succeeded
+    std::uint64_t failed = 0;        // messages in batches that were given up
+    std::uint64_t writes = 0;        // calls of write_batch
+    std::uint64_t write_errors = 0;  // of which failed
+    std::uint64_t pending = 0;       // accepted and not yet settled; 0: all written (or failed, or dropped)
+};
+/// pushed == written + failed + abandoned + those of `dropped` that had been accepted.
+struct close_report {
+    std::uint64_t written = 0, failed = 0, dropped = 0;
+    std::uint64_t abandoned = 0;              // accepted, and given up at the close timeout or with the scheduler
+    std::optional<drain_error> close_error{};  // of the last flush_durable(), or of close()
+    bool stuck = false;                       // a callback did not return; nothing else in this report is valid
+};
+/// The optional second argument of write_batch.
+struct sink_batch {
+    std::uint64_t first, last;  // sequences, both included
+    std::uint32_t attempt;      // 1: the first
+};
+/// The argument of the optional drain member on_gap: `count` messages were dropped just before sequence `before`.
+struct sink_gap {
+    std::uint64_t before;
+    std::uint64_t count;
+};
+
+namespace detail {
+// ---- a bounded queue that a main task empties; shared by sink and actor ----
+enum class push_end : unsigned char { waiting, ok, full, closed, timed_out, would_deadlock };
+
+template <class T> struct push_node : link {
+    runnable* target = nullptr;
+    T* value = nullptr;
+    std::size_t bytes = 0;
+    push_end end = push_end::waiting;
+};
+
+template <class T, class Report> struct queue_service : reporting_service<Report> {
+    static_assert(std::is_nothrow_move_constructible_v<T>, "messages are moved under a lock: their move constructor must be noexcept");
+    using base = reporting_service<Report>;
+
+    const std::size_t capacity, byte_capacity;
+    T* const slots;  // a ring of raw memory
+    std::unique_ptr<std::size_t[]> sizes;     // with bytes counted; like slots
+    std::unique_ptr<std::uint64_t[]> gaps;    // if the drain wants gaps: what was dropped just before this slot's message
+    port::atomic<std::size_t> producers{1};
+    // -- m --
+    std::size_t head = 0, count = 0, bytes = 0;
+    std::size_t wake_count = 1, wake_bytes = (std::numeric_limits<std::size_t>::max)();  // signal when that much waits
+    std::uint64_t accepted = 0;  // also the position of the next message
+    std::uint64_t tail_gap = 0;  // dropped after the last message in the queue
+    list<push_node<T>> pushing;  // waiting pushes, in order of arrival
+
+    queue_service(sched_core* c, bool own, duration grace_time, std::size_t cap, std::size_t byte_cap, bool count_bytes, bool want_gaps)
+        : base(c, own, grace_time), capacity(cap), byte_capacity(byte_cap), slots(std::allocator<T>().allocate(cap)) {
+        RTB_DETAIL_TRY {
+            if (count_bytes) sizes.reset(new std::size_t[cap]);
+            if (want_gaps) gaps.reset(new std::uint64_t[cap]());
+        }
+        RTB_DETAIL_CATCH_ALL {
+            std::allocator<T>().deallocate(slots, capacity);
+            RTB_DETAIL_RETHROW;
+        }
+    }
+    ~queue_service() override { std::allocator<T>().deallocate(slots, capacity); }  // end() has emptied it
+
+    std::size_t slot(std::size_t i) const noexcept {  // of the i-th waiting message
+        const std::size_t k = head + i;
+        return k < capacity ? k : k - capacity;
+    }
+    bool fits_locked(std::size_t size) const noexcept { return count < capacity && (byte_capacity == 0 || size <= byte_capacity - bytes); }
+    void place_locked(T&& v, std::size_t size) noexcept {
+        const std::size_t i = slot(count);
+        ::new (static_cast<void*>(slots + i)) T(std::move(v));
+        if (sizes) sizes[i] = size;
+        if (gaps) gaps[i] = std::exchange(tail_gap, 0);
+        bytes += size;
+        ++accepted;
+        if (++count < wake_count && bytes < wake_bytes) return;
+        wake_count = wake_bytes = (std::numeric_limits<std::size_t>::max)();
+        this->signal_locked();
+    }
+    push_end try_place_locked(T& v, std::size_t size) noexcept {
+        if (this->closing) return push_end::closed;
+        if (byte_capacity != 0 && size > byte_capacity) return push_end::full;  // it would wait for ever
+        if (!pushing.empty() || !fits_locked(size)) return push_end::waiting;
+        place_locked(std::move(v), size);
+        return push_end::ok;
+    }
+    /// There is room: waiting pushes first come, first served.
+    void admit_locked() noexcept {
+        while (push_node<T>* n = pushing.front()) {
+            if (!fits_locked(n->bytes)) return;
+            n->unlink();
+            place_locked(std::move(*n->value), n->bytes);
+            n->end = push_end::ok;
+            wake(n->target);
+        }
+    }
+    /// Takes the oldest message out; the caller destroys it without the lock.
+    T take_locked() noexcept {
+        T* p = slots + head;
+        T v(std::move(*p));
+        p->~T();
+        if (sizes) bytes -= sizes[head];
+        head = slot(1);
+        --count;
+        return v;
+    }
+    void refuse_locked() noexcept override {
+        while (push_node<T>* n = pushing.pop_front()) {
+            n->end = push_end::closed;
+            wake(n->target);
+        }
+    }
+    /// After closing, by the main task's thread: nobody else touches the queue any more.
+    std::size_t discard() noexcept {
+        const std::size_t n = count;
+        for (std::size_t i = 0; i < n; ++i) slots[slot(i)].~T();
+        port::unique_lock l(this->m);
+        count = bytes = 0;
+        return n;
+    }
+    void drop_producer() noexcept {
+        if (this->core->out_of_reach()) return;
+        if (producers.fetch_sub(1, std::memory_order_acq_rel) == 1) this->begin_close();
+        this->drop_ref();
+    }
+    push_end push_blocking(T& v, std::size_t size, time_point until) {
+        if (this->core->out_of_reach()) return push_end::closed;
+        push_node<T> n;
+        n.value = &v;
+        n.bytes = size;
+        const wait_end end = wait_on(
+            this->core, until,
+            [&](blocker& b) {
+                port::unique_lock l(this->m);
+                n.end = try_place_locked(v, size);
+                if (n.end != push_end::waiting) return false;
+                n.target = &b;
+                pushing.push_back(&n);
+                this->signal_locked();
+                return true;
+            },
+            [&](blocker&) {
+                port::unique_lock l(this->m);
+                if (n.linked()) n.unlink();
+            });
+        {
+            port::unique_lock l(this->m);  // whoever answered has left
+        }
+        if (n.end != push_end::waiting) return n.end;
+        return end == wait_end::would_deadlock ? push_end::would_deadlock : push_end::timed_out;
+    }
+};
+
+template <class Errc> Errc push_code(push_end) noexcept;
+template <> inline sink_errc push_code<sink_errc>(push_end e) noexcept {
+    switch (e) {
+        case push_end::full: return sink_errc::overflow;
+        case push_end::closed: return sink_errc::closed;
+        case push_end::would_deadlock: return sink_errc::would_deadlock;
+        default: return sink_errc::timed_out;
+    }
+}
+/// co_await: hands a value in, waiting for room, or until the time is over.
+template <class T, class Report, class Error> class push_leaf : push_node<T> {
+    using node = push_node<T>;
+    queue_service<T, Report>* s_;
+    T value_;
+    duration limit_;
+    timer_node timer_;
+    bool registered_ = false;
+
+    void leave() noexcept {
+        if (!registered_) return;
+        registered_ = false;
+        if (timer_.linked()) timer_.target->core->timers.remove(&timer_);
+        port::unique_lock l(s_->m);
+        if (node::linked()) node::unlink();
+    }
+
+public:
+    using rtb_leaf = void;
+    push_leaf(queue_service<T, Report>* s, T v, std::size_t size, duration limit) noexcept : s_(s), value_(std::move(v)), limit_(limit) { node::bytes = size; }
+    push_leaf(push_leaf&& o) noexcept : node(), s_(o.s_), value_(std::move(o.value_)), limit_(o.limit_) {
+        node::bytes = o.node::bytes;
+        node::end = o.node::end;
+    }
+    ~push_leaf() { leave(); }
+    bool ready(sched_core* c) noexcept {
+        if (s_->core->out_of_reach()) {
+            node::end = push_end::closed;
+            return true;
+        }
+        port::unique_lock l(s_->m);
+        node::end = s_->try_place_locked(value_, node::bytes);
+        if (node::end != push_end::waiting) return true;
+        if (s_->in_callback(c)) node::end = push_end::would_deadlock;  // only this callback's return makes room
+        return node::end != push_end::waiting;
+    }
+    bool suspend(runnable* r) noexcept {
+        if (ready(r->core)) return false;
+        if (limit_ <= duration::zero()) return false;
+        port::unique_lock l(s_->m);
+        node::end = s_->try_place_locked(value_, node::bytes);
+        if (node::end != push_end::waiting) return false;
+        registered_ = true;
+        node::target = timer_.target = r;
+        node::value = &value_;
+        s_->pushing.push_back(this);
+        s_->signal_locked();
+        if (limit_ != (duration::max)()) r->core->timers.insert(&timer_, deadline_after(r->core->now(), limit_));
+        return true;
+    }
+    expected<void, Error> resume() {
+        leave();
+        if (node::end == push_end::ok) return {};
+        return rtb::unexpected(Error(push_code<typename Error::errc_type>(node::end), std::move(value_)));
+    }
+};
+
+template <class T> std::size_t size_of_message(const T& v) noexcept {
+    if constexpr (requires { sink_size(v); })
+        return static_cast<std::size_t>(sink_size(v));
+    else
+        return 0;
+}
+template <class T> inline constexpr bool has_size = requires(const T& v) { sink_size(v); };
+
+// ---- the sink ----
+/// A flush that has not been handed to its caller yet.
+struct flush_node : link {
+    runnable* target = nullptr;
+    std::uint64_t position = 0;       // everything accepted before it has a smaller one
+    std::uint64_t seen_failures = 0;  // those were reported when it was called
+    std::uint64_t seen_evicted = 0;
+    std::uint64_t failures = 0, evicted = 0;  // resolved: what there was by then
+    enum { waiting, resolved, closed } state = waiting;
+};
+/// Failed batches that follow each other, reported as one.
+struct failure_record {
+    std::uint64_t number = 0;  // of its last failure; the first failure is 1
+    sink_range first;
+    std::uint64_t lost = 0;
+    std::exception_ptr cause;
+    std::string message;
+};
+
+template <class T> struct sink_state : queue_service<T, close_report> {
+    using base = queue_service<T, close_report>;
+    const background_sink_config config;
+    const bool always_barrier;  // the drain has flush_durable
+    // -- m --
+    list<flush_node> flushes;   // called and not handed over, in the order of the calls
+    std::size_t flushes_waiting = 0;
+    std::uint64_t head_position = 0;   // of the oldest message in the queue
+    std::size_t in_flight = 0;         // of the batch that is being written; the messages just before head_position
+    std::uint64_t next_sequence = 0;
+    std::uint64_t n_dropped = 0, n_evicted = 0, n_written = 0, n_failed = 0, n_writes = 0, n_write_errors = 0;
+    std::uint64_t n_failures = 0;  // given up batches and failed barriers
+    std::uint64_t failures_reported = 0, evicted_reported = 0;
+    std::vector<failure_record> failures;  // not reported yet, or needed by a flush that was called before that
+    bool new_record = true;                // the next failure starts a record
+
+    sink_state(sched_core* c, bool own, background_sink_config cfg, bool gaps_wanted, bool has_barrier)
+        : base(c, own, cfg.close_timeout, cfg.queue_capacity, cfg.byte_capacity, cfg.byte_capacity != 0 || cfg.batch_bytes != 0, gaps_wanted),
+          config(std::move(cfg)), always_barrier(has_barrier) {
+        failures.reserve(4);
+    }
+    std::uint64_t pending_locked() const noexcept { return this->count + in_flight; }
+
+    // -- producers --
+    push_end try_push(T& v, std::size_t size) noexcept {
+        if (this->core->out_of_reach()) return push_end::closed;
+        std::optional<T> victim;  // destroyed without the lock
+        for (;;) {
+            port::unique_lock l(this->m);
+            push_end end = this->try_place_locked(v, size);
+            if (end == push_end::ok || end == push_end::closed) return end;
+            if (end == push_end::full || config.overflow != overflow::drop_oldest || this->count == 0) {
+                if (config.overflow != overflow::block) {
+                    ++n_dropped;
+                    ++this->tail_gap;
+                }
+                return push_end::full;
+            }
+            evict_locked(victim);
+            if (this->fits_locked(size)) {  // newcomers overtake waiting pushes here: the mode never lets them wait
+                this->place_locked(std::move(v), size);
+                return push_end::ok;
+            }
+            l.unlock();
+            victim.reset();
+        }
+    }
+    void evict_locked(std::optional<T>& victim) noexcept {
+        std::uint64_t gap = 1;
+        if (this->gaps) gap += this->gaps[this->head];
+        victim.emplace(this->take_locked());
+        ++head_position;
+        ++n_evicted;
+        ++n_dropped;
+        (this->gaps && this->count != 0 ? this->gaps[this->head] : this->tail_gap) += gap;
+    }
+
+    // -- flush --
+    void enter_flush_locked(flush_node* n) noexcept {
+        n->position = this->accepted;
+        n->seen_failures = failures_reported;
+        n->seen_evicted = evicted_reported;
+        flushes.push_back(n);
+        ++flushes_waiting;
+        this->signal_locked();
+    }
+    void resolve_locked(flush_node* n, decltype(flush_node::state) how) noexcept {
+        n->state = how;
+        n->failures = n_failures;
+        n->evicted = n_evicted;
+        --flushes_waiting;
+        new_record = true;
+        if (n->target != nullptr) wake(std::exchange(n->target, nullptr));
+    }
+    /// The flush is not waited for any more.
+    void drop_flush_locked(flush_node* n) noexcept {
+        if (!n->linked()) return;
+        n->unlink();
+        if (n->state == flush_node::waiting) --flushes_waiting;
+        forget_failures_locked();
+    }
+    void forget_failures_locked() noexcept {
+        std::uint64_t needed = failures_reported;  // by nobody up to here
+        for (flush_node* n = flushes.front(); n != nullptr; n = flushes.after(n)) needed = (std::min)(needed, n->seen_failures);
+        std::size_t n = 0;
+        while (n < failures.size() && failures[n].number <= needed) ++n;
+        failures.erase(failures.begin(), failures.begin() + static_cast<std::ptrdiff_t>(n));
+    }
+    /// What a flush has to tell, now that its caller takes it.
+    expected<void, sink_error> hand_over_locked(flush_node* n) {
+        const auto how = n->state;
+        expected<void, sink_error> result;
+        if (how == flush_node::closed) result = rtb::unexpected(sink_error(sink_errc::closed));
+        for (const failure_record& f : failures) {
+            if (f.number <= n->seen_failures || f.number > n->failures) continue;
+            std::uint64_t lost = 0;
+            for (const failure_record& g : failures)
+                if (g.number > n->seen_failures && g.number <= n->failures) lost += g.lost;
+            result = rtb::unexpected(sink_error(sink_errc::drain, f.cause, f.message, f.first, lost));
+            failures_reported = (std::max)(failures_reported, n->failures);
+            break;
+        }
+        if (result && n->evicted > n->seen_evicted) {
+            result = rtb::unexpected(sink_error(sink_errc::overflow, nullptr, {}, {}, n->evicted - n->seen_evicted));
+            evicted_reported = (std::max)(evicted_reported, n->evicted);
+        }
+        drop_flush_locked(n);
+        return result;
+    }
+    void record_failure_locked(sink_range range, std::uint64_t lost, const drain_error& e) noexcept {
+        ++n_failures;
+        RTB_DETAIL_TRY {
+            if (new_record || failures.empty()) {
+                failure_record r;
+                r.first = range;
+                r.cause = e.cause();
+                r.message = e.what();
+                failures.push_back(std::move(r));
+                new_record = false;
+            }
+        }
+        RTB_DETAIL_CATCH_ALL {  // no memory: the one before, if there is one, stands for this one too
+            if (failures.empty()) return;
+        }
+        failures.back().number = n_failures;
+        failures.back().lost += lost;
+    }
+    void end_locked() noexcept override {
+        for (flush_node* n = flushes.front(); n != nullptr; n = flushes.after(n))
+            if (n->state == flush_node::waiting) resolve_locked(n, flush_node::closed);
+    }
+    expected<void, sink_error> flush_blocking(time_point until) {
+        if (this->core->out_of_reach()) return rtb::unexpected(sink_error(sink_errc::closed));
+        flush_node n;
+        bool refused = false;
+        const wait_end end = wait_on(
+            this->core, until,
+            [&](blocker& b) {
+                port::unique_lock l(this->m);
+                refused = this->closing;
+                if (refused) return false;
+                n.target = &b;
+                enter_flush_locked(&n);
+                return true;
+            },
+            [&](blocker&) {
+                port::unique_lock l(this->m);
+                if (n.state == flush_node::waiting) drop_flush_locked(&n);
+            });
+        if (refused) return rtb::unexpected(sink_error(sink_errc::closed));
+        port::unique_lock l(this->m);
+        if (n.linked() && n.state != flush_node::waiting) return hand_over_locked(&n);
+        drop_flush_locked(&n);
+        return rtb::unexpected(sink_error(end == wait_end::would_deadlock ? sink_errc::would_deadlock : sink_errc::timed_out));
+    }
+    sink_stats stats() const {
+        sink_stats s;
+        if (this->core->out_of_reach()) return s;
+        port::unique_lock l(this->m);
+        s.pushed = this->accepted, s.dropped = n_dropped, s.written = n_written, s.failed = n_failed;
+        s.writes = n_writes, s.write_errors = n_write_errors, s.pending = pending_locked();
+        return s;
+    }
+};
+template <class T> class flush_leaf : flush_node {
+    sink_state<T>* s_;
+    duration limit_;
+    timer_node timer_;
+    sink_errc refused_{};
+
+    void leave() noexcept {
+        if (timer_.linked()) timer_.target->core->timers.remove(&timer_);
+        if (refused_ != sink_errc{} || timer_.target == nullptr) return;
+        port::unique_lock l(s_->m);
+        s_->drop_flush_locked(this);
+    }
+
+public:
+    using rtb_leaf = void;
+    flush_leaf(sink_state<T>* s, duration limit) noexcept : s_(s), limit_(limit) {}
+    flush_leaf(flush_leaf&& o) noexcept : flush_node(), s_(o.s_), limit_(o.limit_) {}
+    ~flush_leaf() { leave(); }
+    bool ready(sched_core* c) noexcept {
+        if (s_->core->out_of_reach()) {
+            refused_ = sink_errc::closed;
+        } else if (s_->in_callback(c)) {
+            refused_ = sink_errc::would_deadlock;
+        } else {
+            port::unique_lock l(s_->m);
+            if (s_->closing) refused_ = sink_errc::closed;
+        }
+        return refused_ != sink_errc{};
+    }
+    bool suspend(runnable* r) noexcept {
+        if (ready(r->core)) return false;
+        port::unique_lock l(s_->m);
+        if (s_->closing) {
+            refused_ = sink_errc::closed;
+            return false;
+        }
+        flush_node::target = timer_.target = r;
+        s_->enter_flush_locked(this);
+        if (limit_ != (duration::max)()) r->core->timers.insert(&timer_, deadline_after(r->core->now(), limit_));
+        return true;
+    }
+    expected<void, sink_error> resume() {
+        if (refused_ != sink_errc{}) return rtb::unexpected(sink_error(refused_));
+        if (timer_.linked()) timer_.target->core->timers.remove(&timer_);
+        port::unique_lock l(s_->m);
+        if (flush_node::state != flush_node::waiting) return s_->hand_over_locked(this);
+        s_->drop_flush_locked(this);
+        return rtb::unexpected(sink_error(sink_errc::timed_out));
+    }
+};
+
+template <class T, class Drain> struct sink_service final : sink_state<T> {
+    static constexpr bool takes_batch = requires(Drain& d, std::span<T> b, const sink_batch& i) { d.write_batch(b, i); };
+    static_assert(takes_batch || requires(Drain& d, std::span<T> b) { d.write_batch(b); }, "a drain has write_batch(std::span<T>)");
+    static constexpr bool has_barrier = requires(Drain& d) { d.flush_durable(); };
+    static constexpr bool has_close = requires(Drain& d) { d.close(); };
+    static constexpr bool has_gap = requires(Drain& d, const sink_gap& g) { d.on_gap(g); };
+    static constexpr bool has_dead_letter = requires(Drain& d, std::span<T> b, drain_error e) { d.dead_letter(b, std::move(e)); };
+
+    std::optional<Drain> drain;  // loop
+    std::vector<T> batch;        // loop
+    time_point oldest = never;   // loop: when the oldest message in the queue was first seen
+    std::uint64_t barrier_from = 0;  // loop: first sequence that no successful flush_durable covers
+
+    sink_service(sched_core* c, bool own, background_sink_config cfg, Drain&& d)
+        : sink_state<T>(c, own, std::move(cfg), has_gap, has_barrier), drain(std::move(d)) {
+        batch.reserve((std::min)(this->config.batch_size, this->capacity));
+    }
+    void destroy_user() noexcept override {
+        drain.reset();
+        const std::size_t left = this->discard() + batch.size();
+        batch.clear();
+        port::unique_lock l(this->m);
+        this->in_flight = 0;
+        close_report& r = this->report;
+        r.written = this->n_written, r.failed = this->n_failed, r.dropped = this->n_dropped, r.abandoned = left;
+    }
+
+    // What the main task does next.
+    enum class step { write, gap, barrier, finish, sleep };
+    struct plan {
+        step what = step::sleep;
+        time_point until = never;   // sleep
+        sink_range range;           // write
+        sink_gap gap{};
+        std::uint64_t serving = 0;  // barrier: flushes up to this position
+        plan() noexcept {}
+    };
+    plan next() {
+        plan p;
+        const background_sink_config& c = this->config;
+        const time_point t = this->core->now();
+        port::unique_lock l(this->m);
+        this->signalled = false;
+        const std::size_t threshold = (std::min)(c.batch_size, this->capacity);
+        bool flush_waits = false;
+        if (this->flushes_waiting != 0) {
+            for (flush_node* n = this->flushes.front(); n != nullptr; n = this->flushes.after(n)) {
+                if (n->state != flush_node::waiting) continue;
+                flush_waits = true;
+                if (n->position > this->head_position) break;
+                p.what = step::barrier;
+                p.serving = n->position;
+            }
+            if (p.what == step::barrier) return p;
+        }
+        if (this->count == 0) {
+            oldest = never;
+            if (this->closing) {
+                if (this->gaps && this->tail_gap != 0) {
+                    p.what = step::gap;
+                    p.gap = sink_gap{this->next_sequence, std::exchange(this->tail_gap, 0)};
+                } else {
+                    p.what = step::finish;
+                }
+                return p;
+            }
+            this->wake_count = 1;
+            this->wake_bytes = (std::numeric_limits<std::size_t>::max)();
+            return p;
+        }
+        if (oldest == never) oldest = t;
+        const time_point due = deadline_after(oldest, c.flush_interval);
+        if (!this->closing && !flush_waits && this->pushing.empty() && this->count < threshold && (c.batch_bytes == 0 || this->bytes < c.batch_bytes) && t < due) {
+            this->wake_count = threshold;
+            this->wake_bytes = c.batch_bytes != 0 ? c.batch_bytes : (std::numeric_limits<std::size_t>::max)();
+            p.until = due;
+            return p;
+        }
+        if (this->gaps && this->gaps[this->head] != 0) {
+            p.what = step::gap;
+            p.gap = sink_gap{this->next_sequence, std::exchange(this->gaps[this->head], 0)};
+            return p;
+        }
+        p.what = step::write;
+        p.range.first = this->next_sequence;
+        std::size_t size = 0;
+        do {
+            if (this->gaps && !batch.empty() && this->gaps[this->head] != 0) break;
+            if (this->sizes) size += this->sizes[this->head];
+            batch.push_back(this->take_locked());
+        } while (batch.size() < threshold && this->count != 0 && (c.batch_bytes == 0 || size < c.batch_bytes));
+        const std::uint64_t n = batch.size();
+        this->next_sequence += n;
+        this->head_position += n;
+        this->in_flight = batch.size();
+        p.range.last = this->next_sequence - 1;
+        oldest = this->count != 0 ? t : never;
+        // While it is being written nobody needs to wake us: we look again afterwards.
+        this->wake_count = this->wake_bytes = (std::numeric_limits<std::size_t>::max)();
+        this->admit_locked();
+        return p;
+    }
+    void settle(sink_range range, const callback_end<drain_error>& end) {
+        port::unique_lock l(this->m);
+        const std::uint64_t n = batch.size();
+        this->in_flight = 0;
+        if (end) {
+            this->n_written += n;
+        } else {
+            this->n_failed += n;
+            this->record_failure_locked(range, n, *end.error);
+        }
+    }
+    void count_write(bool failed) noexcept {
+        port::unique_lock l(this->m);
+        ++this->n_writes;
+        if (failed) ++this->n_write_errors;
+    }
+    void resolve_flushes(std::uint64_t up_to, const drain_error* failed) {
+        port::unique_lock l(this->m);
+        const std::uint64_t written = this->next_sequence;
+        if (failed != nullptr) {
+            const std::uint64_t from = (std::min)(barrier_from, written);
+            this->record_failure_locked(sink_range{from, written != 0 ? written - 1 : 0}, written - from, *failed);
+        }
+        barrier_from = written;
+        for (flush_node* n = this->flushes.front(); n != nullptr && n->position <= up_to; n = this->flushes.after(n))
+            if (n->state == flush_node::waiting) this->resolve_locked(n, flush_node::resolved);
+    }
+    void complain(const drain_error& e) const noexcept { log_about(log_level::error, "background_sink", this->config.name, e.what()); }
+
+    static task<void> main(ending e) {
+        sink_service* const s = static_cast<sink_service*>(e.get());
+        const retry_policy& retry = s->config.retry;
+        for (;;) {
+            const plan p = s->next();
+            if (p.what == step::sleep) {
+                co_await pause_leaf(s, p.until);
+            } else if (p.what == step::gap) {
+                if constexpr (has_gap) {
+                    auto call = [s, gap = p.gap] { return s->drain->on_gap(gap); };
+                    task<callback_end<drain_error>> calling = run_callback<drain_error>(s, call);
+                    const callback_end<drain_error> end = co_await calling;
+                    if (end.error) s->complain(*end.error);
+                    if (end.cut) co_return;
+                }
+            } else if (p.what == step::write) {
+                for (std::uint32_t attempt = 1;; ++attempt) {
+                    auto call = [s, info = sink_batch{p.range.first, p.range.last, attempt}] {
+                        static_cast<void>(info);
+                        if constexpr (takes_batch)
+                            return s->drain->write_batch(std::span<T>(s->batch), info);
+                        else
+                            return s->drain->write_batch(std::span<T>(s->batch));
+                    };
+                    task<callback_end<drain_error>> calling = run_callback<drain_error>(s, call);
+                    callback_end<drain_error> end = co_await calling;
+                    s->count_write(!end);
+                    if (end.cut) co_return;  // the batch counts as abandoned
+                    if (end.error && attempt < retry.max_attempts && !s->grace_over()) {
+                        const time_point again = deadline_after(s->core->now(), backoff_after(retry, attempt));
+                        for (;;) {
+                            const time_point until = (std::min)(again, s->grace_end());
+                            if (s->core->now() >= until) break;
+                            co_await pause_leaf(s, until);
+                        }
+                        if (!s->grace_over()) continue;
+                    }
+                    if (end.error) {
+                        s->complain(*end.error);
+                        if constexpr (has_dead_letter) {
+                            auto give_up = [s, error = &*end.error] { return s->drain->dead_letter(std::span<T>(s->batch), *error); };
+                            task<callback_end<drain_error>> giving = run_callback<drain_error>(s, give_up);
+                            const callback_end<drain_error> buried = co_await giving;
+                            if (buried.error) s->complain(*buried.error);
+                        }
+                    }
+                    s->settle(p.range, end);
+                    s->batch.clear();
+                    break;
+                }
+                if (s->grace_over()) co_return;
+            } else {  // a barrier: for those who flush, or the last one
+                const bool last = p.what == step::finish;
+                callback_end<drain_error> end;
+                if constexpr (has_barrier) {
+                    auto call = [s] { return s->drain->flush_durable(); };
+                    task<callback_end<drain_error>> calling = run_callback<drain_error>(s, call);
+                    end = co_await calling;
+                }
+                if (end.error) s->complain(*end.error);
+                if (end.cut) end.error.emplace(drain_errc::cut_short);
+                s->resolve_flushes(p.serving, end.error ? &*end.error : nullptr);
+                if (end.cut || last) {
+                    if (end.error) s->report.close_error = std::move(end.error);
+                    if (end.cut) co_return;
+                    if constexpr (has_close) {
+                        auto call = [s] { return s->drain->close(); };
+                        task<callback_end<drain_error>> calling = run_callback<drain_error>(s, call);
+                        callback_end<drain_error> closed = co_await calling;
+                        if (closed.error) s->complain(*closed.error);
+                        if (closed.cut) closed.error.emplace(drain_errc::cut_short);
+                        if (closed.error && !s->report.close_error) s->report.close_error = std::move(closed.error);
+                    }
+                    co_return;
+                }
+            }
+        }
+    }
+};
+template <class T> std::error_code check(const background_sink_config& c) noexcept {
+    const bool sized = c.byte_capacity == 0 && c.batch_bytes == 0;
+    const bool good = c.queue_capacity != 0 && c.queue_capacity <= (std::numeric_limits<std::size_t>::max)() / 2 / sizeof(T) && c.batch_size != 0 &&
+                      c.flush_interval > duration::zero() && c.retry.max_attempts != 0 && c.close_timeout >= duration::zero() && (sized || has_size<T>);
+    return good ? std::error_code() : std::make_error_code(std::errc::invalid_argument);
+}
+template <class Service, class... Args>
+std::pair<Service*, worker*> start_service(rtb::scheduler* shared, std::string_view name, duration spin, std::error_code& error, Args&&... args) {
+    own_worker own;
+    if (shared == nullptr) {
+        error = own.start(std::string(name), spin);
+        if (error) return {nullptr, nullptr};
+    }
+    sched_core* const core = shared != nullptr ? worker::core_of(*shared) : own.get()->core();
+    auto* s = new Service(core, shared == nullptr, std::forward<Args>(args)...);
+    struct guard : immovable {
+        Service* s;
+        explicit guard(Service* of) noexcept : s(of) {}
+        ~guard() {
+            if (s != nullptr) s->drop_ref();
+        }
+    } keep(s);
+    static_cast<void>(spawn_on(core, Service::main(ending(s)), spawn_options{name}, __builtin_FILE(), 0));
+    keep.s = nullptr;  // the caller's reference
+    return {s, own.release()};
+}
+inline void throw_start_error(std::error_code e, const char* what) {
+    if (e == std::errc::invalid_argument) RTB_DETAIL_THROW(std::invalid_argument(what), what);
+    RTB_DETAIL_THROW(std::system_error(e, what), what);
+}
+}  // namespace detail
+
+class background_sink_handle : public detail::service_handle<close_report> {
+public:
+    using service_handle::service_handle;
+};
+
+/// Takes messages from any thread and hands them to a drain in batches, on a worker of its own or on a shared scheduler.
+///
+/// A drain is an object with `write_batch(std::span<T>)`, which returns void, expected<void, E> or a task of either, and may
+/// throw. Optional: write_batch(std::span<T>, const sink_batch&), to tell repetitions from news; flush_durable(), which
+/// makes what was written durable; close(); dead_letter(std::span<T>, drain_error), for a batch that is given up;
+/// on_gap(sink_gap), which is told of dropped messages in their place. Calls never overlap. A drain that may fail leaves the
+/// messages in the span as they are: they come again.
+///
+/// Order     first in, first out for each producer. Sequences start at 0 and number messages as the drain sees them.
+/// Flush     succeeds only if everything that was accepted before it was written and flush_durable() succeeded after
+///           that. Any batch that failed since a flush last reported one makes it fail. It takes no room in the queue, is never
+///           dropped, does not wait for later messages, waits out retries, and ends with the sink.
+/// Crash     on kill -9 what was not handed to the drain is lost; on a power cut what flush_durable() did not cover. A
+///           message that a successful flush covers survives what flush_durable() promises.
+/// Cancel    of the token, or of the last copy of this object: pushes are refused from then on, waiting ones included;
+///           everything accepted is written, then flush_durable(), then close(). After close_timeout the rest is given up.
+/// Errors    push: overflow, closed, timed_out, would_deadlock, with the value; flush: the same, and `drain`.
+/// Allocates the queue when it is made; nothing per message.
+/// Threads   all members, any thread. Cost   one uncontended lock per push.
+template <class T> class background_sink {
+    detail::sink_state<T>* s_ = nullptr;
+
+    using push_op = detail::push_leaf<T, close_report, push_error<T>>;
+
+    explicit background_sink(detail::sink_state<T>* s) noexcept : s_(s) { s->add_ref(); }
+    void drop() noexcept {
+        if (s_ != nullptr) s_->drop_producer();
+        s_ = nullptr;
+    }
+    push_error<T> refused(detail::push_end end, T&& v) const { return push_error<T>(detail::push_code<sink_errc>(end), std::move(v)); }
+
+public:
+    using value_type = T;
+    using started = std::pair<background_sink, background_sink_handle>;
+
+    background_sink(const background_sink& o) noexcept : s_(o.s_) {
+        if (s_ == nullptr || s_->core->out_of_reach()) return;
+        s_->producers.fetch_add(1, std::memory_order_relaxed);
+        s_->add_ref();
+    }
+    background_sink(background_sink&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    background_sink& operator=(background_sink o) noexcept {
+        std::swap(s_, o.s_);
+        return *this;
+    }
+    /// The last one ends the sink, as cancelling it does.
+    ~background_sink() { drop(); }
+
+    /// Never waits and never allocates. A full queue: see `overflow`.
+    expected<void, push_error<T>> try_push(T v) {
+        if (s_ == nullptr) return rtb::unexpected(refused(detail::push_end::closed, std::move(v)));
+        const detail::push_end end = s_->try_push(v, size_of(v));
+        if (end == detail::push_end::ok) return {};
+        return rtb::unexpected(refused(end, std::move(v)));
+    }
+    /// co_await sink.push(v): expected<void, push_error<T>>. Waits for room in every mode, in order of arrival. Destroyed
+    /// while it waits, it takes its value with it.
+    push_op push(T v) { return push_for((duration::max)(), std::move(v)); }
+    /// As push; `timed_out`, with the value, if there was no room in time.
+    push_op push_for(duration limit, T v) {
+        RTB_ASSERT(s_ != nullptr, "push into a moved-from sink");
+        const std::size_t size = size_of(v);
+        return push_op(s_, std::move(v), size, limit);
+    }
+    /// Waits for room in every mode. On the sink's own worker: would_deadlock. The timeout is real time.
+    expected<void, push_error<T>> push_blocking(T v, duration timeout = (duration::max)()) {
+        if (s_ == nullptr) return rtb::unexpected(refused(detail::push_end::closed, std::move(v)));
+        const detail::push_end end = s_->push_blocking(v, size_of(v), detail::deadline_after(clock::now(), timeout));
+        if (end == detail::push_end::ok) return {};
+        return rtb::unexpected(refused(end, std::move(v)));
+    }
+    /// co_await sink.flush(): expected<void, sink_error>. In the drain itself: would_deadlock.
+    detail::flush_leaf<T> flush() const { return flush_for((duration::max)()); }
+    detail::flush_leaf<T> flush_for(duration limit) const {
+        RTB_ASSERT(s_ != nullptr, "flush of a moved-from sink");
+        return detail::flush_leaf<T>(s_, limit);
+    }
+    /// On the sink's own worker: would_deadlock. The timeout is real time.
+    expected<void, sink_error> flush_blocking(duration timeout = (duration::max)()) const {
+        if (s_ == nullptr) return rtb::unexpected(sink_error(sink_errc::closed));
+        return s_->flush_blocking(detail::deadline_after(clock::now(), timeout));
+    }
+    std::uint64_t dropped() const { return stats().dropped; }
+    /// Accepted and not yet settled, the batch that is being written included.
+    std::uint64_t pending() const { return stats().pending; }
+    sink_stats stats() const { return s_ != nullptr ? s_->stats() : sink_stats{}; }
+    /// Appends the counters in Prometheus' text format, as <metric_prefix>_pushed_total, _dropped_total, _written_total,
+    /// _failed_total, _writes_total, _write_errors_total and _pending.
+    void write_prometheus(std::string& out) const {
+        if (s_ == nullptr || s_->config.metric_prefix.empty()) return;
+        const sink_stats v = stats();
+        const auto line = [&](const char* name, const char* kind, std::uint64_t value) {
+            const std::string full = s_->config.metric_prefix + name;
+            out += "# TYPE " + full + " " + kind + "\n" + full + " " + std::to_string(value) + "\n";
+        };
+        line("_pushed_total", "counter", v.pushed);
+        line("_dropped_total", "counter", v.dropped);
+        line("_written_total", "counter", v.written);
+        line("_failed_total", "counter", v.failed);
+        line("_writes_total", "counter", v.writes);
+        line("_write_errors_total", "counter", v.write_errors);
+        line("_pending", "gauge", v.pending);
+    }
+
+    /// On a thread of its own. Throws std::invalid_argument for a configuration that can't work, std::system_error if the
+    /// system refuses the thread. Token and configuration are optional and come in either order.
+    template <class Drain> static started spawn(Drain drain, background_sink_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return or_throw(start(nullptr, std::move(drain), std::move(config), std::move(token)));
+    }
+    template <class Drain, std::same_as<cancellation_token> Token> static started spawn(Drain drain, Token token, background_sink_config config = {}) {
+        return or_throw(start(nullptr, std::move(drain), std::move(config), std::move(token)));
+    }
+    /// On a scheduler that is shared: many on one thread, or under a manual clock. When the scheduler goes, the
+    /// sink is closed, and what it had not written is abandoned.
+    template <class Drain>
+    static started spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return or_throw(start(&on, std::move(drain), std::move(config), std::move(token)));
+    }
+    template <class Drain, std::same_as<cancellation_token> Token>
+    static started spawn_on(rtb::scheduler& on, Drain drain, Token token, background_sink_config config = {}) {
+        return or_throw(start(&on, std::move(drain), std::move(config), std::move(token)));
+    }
+    /// With the error as a value.
+    template <class Drain>
+    static expected<started, std::error_code> try_spawn(Drain drain, background_sink_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return start(nullptr, std::move(drain), std::move(config), std::move(token));
+    }
+    template <class Drain, std::same_as<cancellation_token> Token>
+    static expected<started, std::error_code> try_spawn(Drain drain, Token token, background_sink_config config = {}) {
+        return start(nullptr, std::move(drain), std::move(config), std::move(token));
+    }
+    template <class Drain>
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {},
+                                                           std::optional<cancellation_token> token = std::nullopt) {
+        return start(&on, std::move(drain), std::move(config), std::move(token));
+    }
+    template <class Drain, std::same_as<cancellation_token> Token>
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Drain drain, Token token, background_sink_config config = {}) {
+        return start(&on, std::move(drain), std::move(config), std::move(token));
+    }
+
+private:
+    std::size_t size_of(const T& v) const { return s_->sizes ? detail::size_of_message(v) : 0; }
+    template <class Drain>
+    static expected<started, std::error_code> start(rtb::scheduler* on, Drain&& drain, background_sink_config config, std::optional<cancellation_token> token) {
+        using service = detail::sink_service<T, std::decay_t<Drain>>;
+        if (const std::error_code e = detail::check<T>(config)) return rtb::unexpected(e);
+        if (config.name.empty()) config.name = "sink";
+        const std::string name = config.name;
+        std::error_code error;
+        const auto [s, w] = detail::start_service<service>(on, name, duration::zero(), error, std::move(config), std::move(drain));
+        if (s == nullptr) return rtb::unexpected(error);
+        background_sink_handle handle(s, w);
+        background_sink sink(s);
+        s->drop_ref();
+        if (token) s->tie.emplace(*token, s);
+        return started(std::move(sink), std::move(handle));
+    }
+    static started or_throw(expected<started, std::error_code>&& r) {
+        if (!r) detail::throw_start_error(r.error(), "rtb::background_sink");
+        return std::move(*r);
+    }
+};
+}  // inline namespace
+}  // namespace rtb
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>periodic   periodic_worker
