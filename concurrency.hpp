@@ -3906,6 +3906,7 @@ template <class T> struct oneshot_state : immovable {
         flags.fetch_and(~k_waiting, std::memory_order_acq_rel);
     }
 };
+struct oneshot_access;
 }  // namespace detail
 
 /// Fires a oneshot once, from any thread. Dropping it unsent closes the other end.
@@ -3966,6 +3967,7 @@ template <class T> class oneshot_receiver {
     using result = expected<T, channel_error>;
     state* s_ = nullptr;
     bool taken_ = false;
+    friend struct detail::oneshot_access;
 
     bool has_value() const noexcept { return s_ != nullptr && !taken_ && (s_->flags.load(std::memory_order_acquire) & state::k_sent) != 0; }
     bool is_ready() const noexcept { return s_ == nullptr || taken_ || s_->over(); }
@@ -4039,6 +4041,12 @@ public:
         return std::move(*s_->value);
     }
 };
+
+namespace detail {
+struct oneshot_access {
+    template <class T> static oneshot_state<T>* state(const oneshot_receiver<T>& rx) noexcept { return rx.s_; }
+};
+}  // namespace detail
 
 /// One value from one place to another: {oneshot_sender<T>, oneshot_receiver<T>}. Makes a callback API awaitable.
 /// Allocates one block. Threads   the two ends are independent; each is used by one thread at a time.
@@ -5596,6 +5604,12 @@ struct service : immovable {
         port::unique_lock l(m);
         return closing;
     }
+    /// The last callback gets as much time again.
+    void renew_grace() noexcept {
+        port::unique_lock l(m);
+        close_at = core->now();
+        close_at_steady = clock::now();
+    }
     /// When the grace of a service that closes is over, by the scheduler's clock; never, if it does not close.
     time_point grace_end() const noexcept {
         port::unique_lock l(m);
@@ -6854,7 +6868,7 @@ template <class T> class background_sink {
         if (s_ != nullptr) s_->drop_producer();
         s_ = nullptr;
     }
-    push_error<T> refused(detail::push_end end, T&& v) const { return push_error<T>(detail::push_code<sink_errc>(end), std::move(v)); }
+    RTB_DETAIL_NOINLINE push_error<T> refused(detail::push_end end, T&& v) const { return push_error<T>(detail::push_code<sink_errc>(end), std::move(v)); }
 
 public:
     using value_type = T;
@@ -6994,10 +7008,860 @@ private:
 // ---------------------------------------------------------------------------------------------------------------------
 // >>periodic   periodic_worker
 // ---------------------------------------------------------------------------------------------------------------------
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+enum class tick_errc { failed = 1, timed_out };
+
+namespace detail {
+template <> struct errc_info<tick_errc> {
+    static constexpr const char* name = "rtb.tick";
+    static const char* text(tick_errc e) noexcept {
+        switch (e) {
+            case tick_errc::failed: return "the tick failed";
+            case tick_errc::timed_out: return "the tick took too long and was cancelled";
+        }
+        return "unknown tick error";
+    }
+};
+}  // namespace detail
+
+/// What a tick returns when it fails: from a message, an std::error_code or an exception.
+class tick_error : public detail::user_error<tick_errc> {
+public:
+    using user_error::user_error;
+};
+
+struct periodic_options {
+    missed_tick missed = missed_tick::delay;
+    duration jitter{};                   // each tick is later by a random time in [0, jitter); the phase stays
+    bool immediate_first_tick = false;   // the first tick at once, instead of after one interval
+    duration tick_timeout{};             // 0: none. A tick that is suspended then is destroyed and counts as failed
+    duration backoff{};                  // 0: none. After n failures in a row the next tick waits at least backoff * 2^(n-1) ...
+    duration max_backoff = std::chrono::minutes(5);  // ... up to this
+    duration shutdown_grace = std::chrono::seconds(5);
+    std::string name{};                  // of the thread and the task; default: "periodic"
+};
+struct periodic_stats {
+    std::uint64_t ticks = 0;     // started
+    std::uint64_t failures = 0;  // of which failed
+    duration last_duration{};    // of the last one that ended
+    duration lateness{};         // of the last one that was due: from when it was due until it began
+};
+struct periodic_report {
+    std::uint64_t ticks = 0, failures = 0;
+    std::optional<tick_error> shutdown_error{};
+    bool stuck = false;  // a tick did not return; nothing else in this report is valid
+};
+
+namespace detail {
+struct periodic_state : reporting_service<periodic_report> {
+    const periodic_options options;
+    // -- m --
+    duration interval;
+    time_point due = never;     // of the next tick, without jitter
+    bool triggered = false;
+    std::uint64_t ticks = 0, failures = 0;
+    duration last_duration{}, lateness{};
+
+    periodic_state(sched_core* c, bool own, duration every, periodic_options o)
+        : reporting_service(c, own, o.shutdown_grace), options(std::move(o)), interval(every) {
+        due = options.immediate_first_tick ? c->now() : deadline_after(c->now(), every);
+    }
+    bool trigger() noexcept {
+        if (core->out_of_reach()) return false;
+        port::unique_lock l(m);
+        if (closing) return false;
+        triggered = true;
+        signal_locked();
+        return true;
+    }
+    bool set_interval(duration d) noexcept {
+        if (d <= duration::zero() || core->out_of_reach()) return false;
+        port::unique_lock l(m);
+        interval = d;
+        due = deadline_after(core->now(), d);
+        signal_locked();
+        return true;
+    }
+    periodic_stats stats() const noexcept {
+        periodic_stats s;
+        if (core->out_of_reach()) return s;
+        port::unique_lock l(m);
+        s.ticks = ticks, s.failures = failures, s.last_duration = last_duration, s.lateness = lateness;
+        return s;
+    }
+};
+template <class Task> struct periodic_service final : periodic_state {
+    static constexpr bool has_tick = requires(Task& t) { t.tick(); };
+    static constexpr bool has_shutdown = requires(Task& t) { t.shutdown(); };
+    static constexpr bool has_on_error = requires(Task& t, const tick_error& e) { t.on_error(e); };
+    static_assert(has_tick || std::is_invocable_v<Task&>, "a periodic task has tick(), or is a callable");
+
+    std::optional<Task> task_object;  // loop
+    std::uint64_t random;             // loop
+
+    periodic_service(sched_core* c, bool own, duration every, periodic_options o, Task&& t)
+        : periodic_state(c, own, every, std::move(o)), task_object(std::move(t)),
+          random(c->options.shuffle_seed != 0 ? c->options.shuffle_seed : static_cast<std::uint64_t>(clock::now().time_since_epoch().count())) {}
+    void destroy_user() noexcept override {
+        task_object.reset();
+        report.ticks = ticks, report.failures = failures;
+    }
+    duration draw_jitter() noexcept {
+        if (options.jitter <= duration::zero()) return {};
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        return duration(static_cast<duration::rep>((random >> 11) % static_cast<std::uint64_t>(options.jitter.count())));
+    }
+    // When the tick that was due at `was` and begins at `now` is followed by the next; as class interval.
+    void schedule_next_locked(time_point was, time_point now) noexcept {
+        const duration late = elapsed(was, now);
+        due = deadline_after(was, interval);
+        if (late <= (std::min)(duration(std::chrono::milliseconds(5)), interval / 2)) return;
+        if (options.missed == missed_tick::delay) due = deadline_after(now, interval);
+        if (options.missed == missed_tick::skip) due = deadline_after(now, interval - late % interval);
+    }
+    static task<void> main(ending e) {
+        periodic_service* const s = static_cast<periodic_service*>(e.get());
+        std::uint32_t failed_in_a_row = 0;
+        time_point not_before = (time_point::min)();
+        time_point drawn_for = never;  // the jitter of this tick is drawn
+        duration jitter{};
+        for (;;) {
+            bool run = false;
+            time_point until = never;
+            const time_point now = s->core->now();
+            {
+                port::unique_lock l(s->m);
+                s->signalled = false;
+                if (s->closing) break;
+                if (s->due != drawn_for) {
+                    drawn_for = s->due;
+                    jitter = s->draw_jitter();
+                }
+                until = s->due == never ? never : (std::max)(deadline_after(s->due, jitter), not_before);
+                if (now >= until) {
+                    run = true;
+                    s->triggered = false;
+                    s->lateness = elapsed(deadline_after(s->due, jitter), now);
+                    s->schedule_next_locked(s->due, deadline_after(now, -jitter));
+                } else if (s->triggered) {
+                    run = true;
+                    s->triggered = false;
+                }
+                if (run) ++s->ticks;
+            }
+            if (!run) {
+                co_await pause_leaf(s, until);
+                continue;
+            }
+            auto call = [s] {
+                if constexpr (has_tick)
+                    return s->task_object->tick();
+                else
+                    return (*s->task_object)();
+            };
+            const duration limit = s->options.tick_timeout > duration::zero() ? s->options.tick_timeout : (duration::max)();
+            task<callback_end<tick_error>> ticking = run_callback<tick_error>(s, call, limit);
+            callback_end<tick_error> end = co_await ticking;
+            if (end.timed_out) end.error.emplace(tick_errc::timed_out);
+            const time_point after = s->core->now();
+            {
+                port::unique_lock l(s->m);
+                s->last_duration = elapsed(now, after);
+                if (!end) ++s->failures;
+            }
+            if (end.error) {
+                log_about(log_level::error, "periodic_worker", s->options.name, end.error->what());
+                if constexpr (has_on_error) {
+                    auto tell = [s, &end] { return s->task_object->on_error(*end.error); };
+                    task<callback_end<tick_error>> telling = run_callback<tick_error>(s, tell);
+                    const callback_end<tick_error> told = co_await telling;
+                    if (told.error) log_about(log_level::error, "periodic_worker", s->options.name, told.error->what());
+                }
+                ++failed_in_a_row;
+                retry_policy p;
+                p.backoff = s->options.backoff;
+                p.max_backoff = s->options.max_backoff;
+                if (p.backoff > duration::zero()) not_before = deadline_after(after, backoff_after(p, failed_in_a_row));
+            } else {
+                failed_in_a_row = 0;
+                not_before = (time_point::min)();
+            }
+        }
+        if constexpr (has_shutdown) {
+            s->renew_grace();
+            auto call = [s] { return s->task_object->shutdown(); };
+            task<callback_end<tick_error>> ending_it = run_callback<tick_error>(s, call);
+            callback_end<tick_error> end = co_await ending_it;
+            if (end.cut) end.error.emplace(tick_errc::timed_out);
+            if (end.error) {
+                log_about(log_level::error, "periodic_worker", s->options.name, end.error->what());
+                s->report.shutdown_error = std::move(end.error);
+            }
+        }
+    }
+};
+}  // namespace detail
+
+/// Controls a periodic worker. Copyable; the worker does not depend on it.
+class periodic_control {
+    detail::service_ref<detail::periodic_state> s_;
+    friend class periodic_worker;
+    explicit periodic_control(detail::periodic_state* s) noexcept : s_(s) {}
+
+public:
+    /// A tick now, or right after the one that runs; the phase of the others stays. Calls before it begins are one.
+    /// Never blocks. False: it is shutting down.
+    bool trigger() const noexcept { return s_->trigger(); }
+    /// The next tick is due `d` from now, the following ones at this distance. False, and no change: `d` is not positive.
+    bool set_interval(duration d) const noexcept { return s_->set_interval(d); }
+    periodic_stats stats() const noexcept { return s_->stats(); }
+};
+/// Joins a periodic worker, and controls it.
+class periodic_handle : public detail::service_handle<periodic_report> {
+    detail::periodic_state* state() const noexcept { return static_cast<detail::periodic_state*>(s_.get()); }
+
+public:
+    using service_handle::service_handle;
+    /// As of periodic_control.
+    bool trigger() const noexcept { return state() != nullptr && state()->trigger(); }
+    bool set_interval(duration d) const noexcept { return state() != nullptr && state()->set_interval(d); }
+    periodic_stats stats() const noexcept { return state() != nullptr ? state()->stats() : periodic_stats{}; }
+};
+
+/// What spawn returns: `auto [worker, handle] = ...`. Used as one object it is the handle.
+struct periodic_started : std::pair<periodic_control, periodic_handle> {
+    using pair::pair;
+    bool trigger() const noexcept { return second.trigger(); }
+    bool set_interval(duration d) const noexcept { return second.set_interval(d); }
+    periodic_stats stats() const noexcept { return second.stats(); }
+    task<expected<periodic_report, join_error>> join() const { return second.join(); }
+    expected<periodic_report, join_error> wait() const { return second.wait(); }
+    expected<periodic_report, join_error> wait_for(duration d) const { return second.wait_for(d); }
+    void cancel() noexcept { second.cancel(); }
+    void detach() noexcept { second.detach(); }
+};
+
+/// Calls a task at a fixed distance, on a thread of its own or on a shared scheduler.
+///
+/// The task is an object with tick(), or a callable; optional: shutdown(), on_error(const tick_error&). They return void,
+/// expected<void, E>, or a task of either, and may throw. Calls never overlap. A failing tick is counted, logged and told to
+/// on_error; it never ends the worker.
+/// Order     the first tick comes after one interval. A tick that is late by more than 5 ms (half an interval, if that is
+///           less) was missed: `missed` says how to go on, as tokio's MissedTickBehavior.
+/// Cancel    of the token or of the handle: wins over a due tick. A running tick may finish within shutdown_grace, then it is
+///           destroyed where it is suspended. Then shutdown() is called, once, with as much time again.
+/// Errors    spawn throws std::invalid_argument for an interval that is not positive or a negative option,
+///           std::system_error if the system refuses the thread; try_spawn returns them.
+/// Allocates nothing per plain tick. Threads   all members, any thread.
+class periodic_worker {
+public:
+    using started = periodic_started;
+
+    /// On a thread of its own. Token and options are optional and come in either order.
+    template <class Task>
+    static started spawn(Task t, duration every, periodic_options options = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return or_throw(start(nullptr, std::move(t), every, std::move(options), std::move(token)));
+    }
+    template <class Task, std::same_as<cancellation_token> Token>
+    static started spawn(Task t, duration every, Token token, periodic_options options = {}) {
+        return or_throw(start(nullptr, std::move(t), every, std::move(options), std::move(token)));
+    }
+    /// On a scheduler that is shared, or under a manual clock. When it goes, the worker is over, without shutdown().
+    template <class Task>
+    static started spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return or_throw(start(&on, std::move(t), every, std::move(options), std::move(token)));
+    }
+    template <class Task, std::same_as<cancellation_token> Token>
+    static started spawn_on(rtb::scheduler& on, Task t, duration every, Token token, periodic_options options = {}) {
+        return or_throw(start(&on, std::move(t), every, std::move(options), std::move(token)));
+    }
+    /// With the error as a value.
+    template <class Task>
+    static expected<started, std::error_code> try_spawn(Task t, duration every, periodic_options options = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return start(nullptr, std::move(t), every, std::move(options), std::move(token));
+    }
+    template <class Task, std::same_as<cancellation_token> Token>
+    static expected<started, std::error_code> try_spawn(Task t, duration every, Token token, periodic_options options = {}) {
+        return start(nullptr, std::move(t), every, std::move(options), std::move(token));
+    }
+    template <class Task>
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return start(&on, std::move(t), every, std::move(options), std::move(token));
+    }
+    template <class Task, std::same_as<cancellation_token> Token>
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, Token token, periodic_options options = {}) {
+        return start(&on, std::move(t), every, std::move(options), std::move(token));
+    }
+
+private:
+    template <class Task>
+    static expected<started, std::error_code> start(rtb::scheduler* on, Task&& t, duration every, periodic_options o, std::optional<cancellation_token> token) {
+        using service = detail::periodic_service<std::decay_t<Task>>;
+        const duration zero{};
+        if (every <= zero || o.jitter < zero || o.tick_timeout < zero || o.backoff < zero || o.max_backoff < zero || o.shutdown_grace < zero)
+            return rtb::unexpected(std::make_error_code(std::errc::invalid_argument));
+        if (o.name.empty()) o.name = "periodic";
+        const std::string name = o.name;
+        std::error_code error;
+        const auto [s, w] = detail::start_service<service>(on, name, duration::zero(), error, every, std::move(o), std::move(t));
+        if (s == nullptr) return rtb::unexpected(error);
+        started result(periodic_control(s), periodic_handle(s, w));
+        s->drop_ref();
+        if (token) s->tie.emplace(*token, s);
+        return expected<started, std::error_code>(std::in_place, std::move(result));
+    }
+    static started or_throw(expected<started, std::error_code>&& r) {
+        if (!r) detail::throw_start_error(r.error(), "rtb::periodic_worker");
+        return std::move(*r);
+    }
+};
+}  // inline namespace
+}  // namespace rtb
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>actor   actor_handle
 // ---------------------------------------------------------------------------------------------------------------------
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+enum class actor_errc { full = 1, closed, timed_out, would_deadlock };
+
+namespace detail {
+template <> struct errc_info<actor_errc> {
+    static constexpr const char* name = "rtb.actor";
+    static const char* text(actor_errc e) noexcept {
+        switch (e) {
+            case actor_errc::full: return "the actor's mailbox is full";
+            case actor_errc::closed: return "the actor is gone, or discarded the command without an answer";
+            case actor_errc::timed_out: return "the actor did not take the command, or did not answer, in time";
+            case actor_errc::would_deadlock: return "waiting here would wait for this very actor";
+        }
+        return "unknown actor error";
+    }
+};
+enum class handler_errc { failed = 1 };
+template <> struct errc_info<handler_errc> {
+    static constexpr const char* name = "rtb.handler";
+    static const char* text(handler_errc) noexcept { return "a handler of the actor failed"; }
+};
+class handler_error : public user_error<handler_errc> {
+public:
+    using user_error::user_error;
+    /// For on_error and the report: null without exceptions.
+    std::exception_ptr as_exception() const noexcept {
+        if (cause()) return cause();
+#if RTB_DETAIL_EXCEPTIONS
+        return std::make_exception_ptr(std::runtime_error(what()));
+#else
+        return nullptr;
+#endif
+    }
+};
+template <> inline actor_errc push_code<actor_errc>(push_end e) noexcept {
+    switch (e) {
+        case push_end::full: return actor_errc::full;
+        case push_end::closed: return actor_errc::closed;
+        case push_end::would_deadlock: return actor_errc::would_deadlock;
+        default: return actor_errc::timed_out;
+    }
+}
+}  // namespace detail
+
+class actor_error : public detail::error<actor_errc> {
+public:
+    using error::error;
+};
+/// A refused send: the command comes back in value().
+template <class Command> class actor_send_error : public actor_error {
+    Command value_;
+
+public:
+    actor_send_error(actor_errc code, Command value) : actor_error(code), value_(std::move(value)) {}
+    Command& value() & noexcept { return value_; }
+    const Command& value() const& noexcept { return value_; }
+    Command&& value() && noexcept { return std::move(value_); }
+};
+
+/// What happens to queued commands when an actor is stopped. run: they are handled first. reject: they go to on_discard, if
+/// the actor has it; an asker whose command is destroyed gets `closed`.
+enum class queued_on_stop { run, reject };
+/// Of an actor that a factory makes: after a failing command, on_idle, on_start or factory the actor is destroyed and made
+/// anew; its mailbox stays. More than max_restarts within `window` end it.
+struct restart_policy {
+    std::uint32_t max_restarts = 0;  // 0: an actor whose command failed goes on with its state
+    duration window = std::chrono::minutes(1);
+    duration backoff = std::chrono::milliseconds(100);  // before the first restart of a window; doubling
+    duration max_backoff = std::chrono::seconds(10);
+};
+struct actor_config {
+    std::size_t queue_capacity = 1024;  // commands that wait; the one in flight does not count
+    duration idle_interval = std::chrono::minutes(1);
+    enum queued_on_stop queued_on_stop = queued_on_stop::reject;
+    restart_policy restart{};
+    duration shutdown_grace = std::chrono::seconds(5);
+    std::string name{};  // of the thread and the task; default: "actor"
+};
+struct actor_stats {
+    std::uint64_t received = 0;  // accepted into the mailbox
+    std::uint64_t handled = 0;   // begun and ended, failures included
+    std::uint64_t failures = 0;  // of commands and hooks
+    std::uint64_t restarts = 0;
+    std::uint64_t rejected = 0;  // accepted, and discarded at the end
+    std::uint64_t pending = 0;   // in the mailbox
+};
+struct actor_report {
+    std::uint64_t handled = 0, failures = 0, restarts = 0, rejected = 0;
+    bool gave_up = false;        // ended by a failure: the restarts were used up, or there were none
+    std::exception_ptr cause{};  // that failure; null without exceptions
+    bool stuck = false;          // a command did not return; nothing else in this report is valid
+};
+
+namespace detail {
+template <class C> struct actor_state : queue_service<C, actor_report> {
+    using base = queue_service<C, actor_report>;
+    const actor_config config;
+    bool drained_by_drop = false;  // m: the last handle went: what was accepted is handled
+    std::uint64_t handled = 0, failures = 0, restarts = 0, rejected = 0;  // m
+
+    actor_state(sched_core* c, bool own, actor_config cfg)
+        : base(c, own, cfg.shutdown_grace, cfg.queue_capacity, 0, false, false), config(std::move(cfg)) {}
+    void drop_handle() noexcept {
+        if (this->core->out_of_reach()) return;
+        if (this->producers.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            {
+                port::unique_lock l(this->m);
+                if (!this->closing) drained_by_drop = true;
+            }
+            this->begin_close();
+        }
+        this->drop_ref();
+    }
+    push_end try_send(C& c) noexcept {
+        if (this->core->out_of_reach()) return push_end::closed;
+        port::unique_lock l(this->m);
+        const push_end end = this->try_place_locked(c, 0);
+        return end == push_end::waiting ? push_end::full : end;
+    }
+    actor_stats stats() const noexcept {
+        actor_stats s;
+        if (this->core->out_of_reach()) return s;
+        port::unique_lock l(this->m);
+        s.received = this->accepted, s.handled = handled, s.failures = failures, s.restarts = restarts, s.rejected = rejected;
+        s.pending = this->count;
+        return s;
+    }
+};
+
+/// co_await: gives the other tasks a turn now and then.
+class coop_leaf {
+public:
+    using rtb_leaf = void;
+    coop_leaf() noexcept {}
+    bool ready(sched_core*) const noexcept { return true; }
+    bool suspend(runnable*) const noexcept { return false; }
+    void resume() const noexcept {}
+};
+
+template <class A> struct one_actor {  // spawned from an actor: one life
+    using actor = A;
+    static constexpr bool restarts = false;
+    std::optional<A> made;
+    explicit one_actor(A&& a) : made(std::move(a)) {}
+    A make() { return std::move(*made); }
+    bool ready() const noexcept { return made.has_value(); }
+};
+template <class F> struct actor_factory {
+    using actor = std::decay_t<decltype(std::declval<F&>()())>;
+    static constexpr bool restarts = true;
+    F f;
+    explicit actor_factory(F&& g) : f(std::move(g)) {}
+    decltype(auto) make() { return f(); }
+};
+template <class A, class C>
+concept handles = requires(A& a, C c) { a.handle(std::move(c)); };
+
+template <class C, class Source> struct actor_service final : actor_state<C> {
+    using A = typename Source::actor;
+    static_assert(handles<A, C>, "an actor has handle(command)");
+    static constexpr bool has_on_start = requires(A& a) { a.on_start(); };
+    static constexpr bool has_on_idle = requires(A& a) { a.on_idle(); };
+    static constexpr bool has_on_shutdown = requires(A& a) { a.on_shutdown(); };
+    static constexpr bool has_on_error = requires(A& a, std::exception_ptr e) { a.on_error(e); };
+    static constexpr bool has_on_discard = requires(A& a, C c) { a.on_discard(std::move(c)); };
+
+    std::optional<Source> source;  // loop, as all of these
+    std::optional<A> actor;
+    std::vector<time_point> recent;  // restarts within the window, oldest first
+
+    actor_service(sched_core* c, bool own, actor_config cfg, Source&& from) : actor_state<C>(c, own, std::move(cfg)), source(std::move(from)) {
+        if constexpr (Source::restarts) recent.reserve((std::min)(this->config.restart.max_restarts, 1024u));
+    }
+    void destroy_user() noexcept override {
+        actor.reset();
+        source.reset();
+        const std::size_t left = this->discard();
+        port::unique_lock l(this->m);
+        this->rejected += left;
+        actor_report& r = this->report;
+        r.handled = this->handled, r.failures = this->failures, r.restarts = this->restarts, r.rejected = this->rejected;
+    }
+    bool may_restart() const noexcept { return Source::restarts && this->config.restart.max_restarts != 0; }
+
+    enum class step { command, idle, sleep, stop };
+    // What comes next in a life. `command` is filled for step::command.
+    step next(std::optional<C>& command, time_point idle_at, time_point& until) noexcept {
+        const actor_config& c = this->config;
+        port::unique_lock l(this->m);
+        this->signalled = false;
+        const bool reject = this->closing && c.queued_on_stop == queued_on_stop::reject && !this->drained_by_drop;
+        if (this->closing && (reject || this->count == 0 || this->core->now() >= deadline_after(this->close_at, this->grace))) return step::stop;
+        if (this->count != 0) {
+            command.emplace(this->take_locked());
+            if (!this->pushing.empty()) this->admit_locked();
+            this->wake_count = (std::numeric_limits<std::size_t>::max)();  // we look again before we sleep
+            return step::command;
+        }
+        this->wake_count = 1;
+        until = idle_at;
+        if (idle_at != never && this->core->now() >= idle_at) return step::idle;
+        return step::sleep;
+    }
+    void count_call(bool command, bool failed) noexcept {
+        port::unique_lock l(this->m);
+        if (command) ++this->handled;
+        if (failed) ++this->failures;
+    }
+    // After a failed life: when the next may begin, or nothing if the restarts are used up.
+    std::optional<time_point> restart_at() {
+        const restart_policy& p = this->config.restart;
+        if (!may_restart()) return std::nullopt;
+        const time_point now = this->core->now();
+        while (!recent.empty() && elapsed(recent.front(), now) >= p.window) recent.erase(recent.begin());
+        if (recent.size() >= p.max_restarts) return std::nullopt;
+        recent.push_back(now);
+        retry_policy wait;
+        wait.backoff = p.backoff;
+        wait.max_backoff = p.max_backoff;
+        return deadline_after(now, backoff_after(wait, static_cast<std::uint32_t>(recent.size())));
+    }
+    void complain(const handler_error& e) const noexcept { log_about(log_level::error, "actor", this->config.name, e.what()); }
+
+    static task<void> main(ending e) {
+        actor_service* const s = static_cast<actor_service*>(e.get());
+        constexpr bool plain = !is_task<decltype(std::declval<A&>().handle(std::declval<C>()))>;
+        std::optional<handler_error> failure;  // what ended the last life
+        for (;;) {
+            // A new life.
+            failure.reset();
+            {
+                callback_end<handler_error> made = call_plain<handler_error>([s] { s->actor.emplace(s->source->make()); });
+                failure = std::move(made.error);
+            }
+            if (!failure) {
+                if constexpr (has_on_start) {
+                    auto call = [s] { return s->actor->on_start(); };
+                    task<callback_end<handler_error>> starting = run_callback<handler_error>(s, call);
+                    callback_end<handler_error> end = co_await starting;
+                    failure = std::move(end.error);
+                }
+            }
+            if (failure) {
+                s->count_call(false, true);
+                s->complain(*failure);
+            }
+            time_point idle_at = deadline_after(s->core->now(), s->config.idle_interval);
+            bool stop = false;
+            std::optional<C> command;
+            while (!failure) {
+                time_point until = never;
+                const step what = s->next(command, has_on_idle ? idle_at : never, until);
+                if (what == step::stop) {
+                    stop = true;
+                    break;
+                }
+                if (what == step::sleep) {
+                    co_await pause_leaf(s, until);
+                    continue;
+                }
+                callback_end<handler_error> end;
+                if (what == step::command) {
+                    auto call = [s, &command] { return s->actor->handle(std::move(*command)); };
+                    if constexpr (plain) {
+                        end = call_plain<handler_error>(call);
+                        co_await coop_leaf();
+                    } else {
+                        task<callback_end<handler_error>> handling = run_callback<handler_error>(s, call);
+                        end = co_await handling;
+                    }
+                    command.reset();
+                    s->count_call(true, !end);
+                } else if constexpr (has_on_idle) {
+                    auto call = [s] { return s->actor->on_idle(); };
+                    task<callback_end<handler_error>> idling = run_callback<handler_error>(s, call);
+                    end = co_await idling;
+                    if (!end) s->count_call(false, true);
+                }
+                if constexpr (has_on_idle) idle_at = deadline_after(s->core->now(), s->config.idle_interval);
+                if (end.error) {
+                    s->complain(*end.error);
+                    if constexpr (has_on_error) {
+                        auto call = [s, &end] { return s->actor->on_error(end.error->as_exception()); };
+                        task<callback_end<handler_error>> telling = run_callback<handler_error>(s, call);
+                        const callback_end<handler_error> told = co_await telling;
+                        if (told.error) s->complain(*told.error);
+                    }
+                    if (s->may_restart()) failure = std::move(end.error);
+                }
+            }
+            if (stop) {
+                // Only the main task takes from the queue, and nothing comes in any more.
+                for (;;) {
+                    {
+                        port::unique_lock l(s->m);
+                        if (s->count == 0) break;
+                        command.emplace(s->take_locked());
+                        ++s->rejected;
+                    }
+                    if constexpr (has_on_discard) {
+                        auto call = [s, &command] { return s->actor->on_discard(std::move(*command)); };
+                        task<callback_end<handler_error>> discarding = run_callback<handler_error>(s, call);
+                        const callback_end<handler_error> end = co_await discarding;
+                        if (end.error) s->complain(*end.error);
+                    }
+                    command.reset();
+                }
+                if constexpr (has_on_shutdown) {
+                    s->renew_grace();
+                    auto call = [s] { return s->actor->on_shutdown(); };
+                    task<callback_end<handler_error>> ending_it = run_callback<handler_error>(s, call);
+                    callback_end<handler_error> end = co_await ending_it;
+                    if (end.error) {
+                        s->count_call(false, true);
+                        s->complain(*end.error);
+                        s->report.cause = end.error->as_exception();
+                    }
+                }
+                co_return;
+            }
+            s->actor.reset();
+            const std::optional<time_point> again = s->restart_at();
+            if (!again) {
+                s->report.gave_up = true;
+                s->report.cause = failure->as_exception();
+                co_return;
+            }
+            for (;;) {
+                if (s->is_closing()) co_return;  // there is no life to shut down
+                if (s->core->now() >= *again) break;
+                co_await pause_leaf(s, *again);
+            }
+            port::unique_lock l(s->m);
+            ++s->restarts;
+        }
+    }
+};
+}  // namespace detail
+
+class actor_join_handle : public detail::service_handle<actor_report> {
+public:
+    using service_handle::service_handle;
+};
+
+/// Sends commands to an actor: an object that handles one command at a time, in the order of receipt, on a thread of its own or
+/// on a shared scheduler. Copyable; the last copy ends the actor, after everything accepted was handled.
+///
+/// An actor has `using command = Command` and handle(Command); optional: on_start(), on_idle() (nothing to do for
+/// idle_interval), on_shutdown(), on_error(std::exception_ptr), on_discard(Command). They return void, expected<void, E> or a task
+/// of either, and may throw. A failing command goes to on_error; with a factory and a restart_policy it also ends this life of
+/// the actor: the command is not repeated, its asker gets `closed`, the mailbox stays.
+/// Cancel    of the token or of the handle: the command in flight may finish within shutdown_grace, then it is destroyed where
+///           it is suspended; queued commands by queued_on_stop; then on_shutdown, once, with as much time again. During the
+///           back-off before a restart there is no life: the actor ends at once, without on_shutdown.
+/// Errors    full, closed, timed_out, would_deadlock. An asker whose actor ends, or whose command is discarded, gets `closed`.
+/// Allocates the mailbox when it is made, nothing per command; ask(): a task and a oneshot.
+/// Threads   all members, any thread. Cost   one lock to send, one to receive.
+template <class Command> class actor_handle {
+    detail::actor_state<Command>* s_ = nullptr;
+    using send_op = detail::push_leaf<Command, actor_report, actor_send_error<Command>>;
+    using state_ref = detail::service_ref<detail::actor_state<Command>>;
+
+    explicit actor_handle(detail::actor_state<Command>* s) noexcept : s_(s) { s->add_ref(); }
+    RTB_DETAIL_NOINLINE actor_send_error<Command> refused(detail::push_end end, Command&& c) const {
+        return actor_send_error<Command>(detail::push_code<actor_errc>(end), std::move(c));
+    }
+    template <class R> static task<expected<R, actor_error>> ask_task(state_ref s, Command c, oneshot_receiver<R> rx) {
+        const bool self = co_await detail::self_leaf(s.get());
+        if (self) co_return rtb::unexpected(actor_error(actor_errc::would_deadlock));
+        send_op sending(s.get(), std::move(c), 0, (duration::max)());
+        expected<void, actor_send_error<Command>> sent = co_await sending;
+        if (!sent) co_return rtb::unexpected(actor_error(sent.error().code()));
+        expected<R, channel_error> reply = co_await rx;
+        if (!reply) co_return rtb::unexpected(actor_error(actor_errc::closed));
+        if constexpr (std::is_void_v<R>)
+            co_return expected<R, actor_error>();
+        else
+            co_return expected<R, actor_error>(std::in_place, std::move(*reply));
+    }
+    template <class R> expected<R, actor_error> ask_here(Command&& c, oneshot_receiver<R>& rx, duration timeout) {
+        if (s_ == nullptr || s_->core->out_of_reach()) return rtb::unexpected(actor_error(actor_errc::closed));
+        const time_point until = detail::deadline_after(clock::now(), timeout);
+        const detail::push_end sent = s_->push_blocking(c, 0, until);
+        if (sent != detail::push_end::ok) return rtb::unexpected(actor_error(detail::push_code<actor_errc>(sent)));
+        detail::oneshot_state<R>* const reply = detail::oneshot_access::state(rx);
+        const detail::wait_end end = detail::wait_on(
+            s_->core, until, [reply](detail::blocker& b) { return reply->register_waiter(&b); }, [reply](detail::blocker& b) { reply->unregister(&b); });
+        if (end != detail::wait_end::done)
+            return rtb::unexpected(actor_error(end == detail::wait_end::timed_out ? actor_errc::timed_out : actor_errc::would_deadlock));
+        expected<R, channel_error> r = rx.wait();  // there already
+        if (!r) return rtb::unexpected(actor_error(actor_errc::closed));
+        if constexpr (std::is_void_v<R>)
+            return {};
+        else
+            return expected<R, actor_error>(std::in_place, std::move(*r));
+    }
+    template <class C, class R, class... Args> static Command build(oneshot_sender<R>&& tx, Args&&... args) {
+        return Command(C{std::forward<Args>(args)..., std::move(tx)});
+    }
+
+public:
+    using command = Command;
+    using started = std::pair<actor_handle, actor_join_handle>;
+
+    actor_handle(const actor_handle& o) noexcept : s_(o.s_) {
+        if (s_ == nullptr || s_->core->out_of_reach()) return;
+        s_->producers.fetch_add(1, std::memory_order_relaxed);
+        s_->add_ref();
+    }
+    actor_handle(actor_handle&& o) noexcept : s_(std::exchange(o.s_, nullptr)) {}
+    actor_handle& operator=(actor_handle o) noexcept {
+        std::swap(s_, o.s_);
+        return *this;
+    }
+    ~actor_handle() {
+        if (s_ != nullptr) s_->drop_handle();
+    }
+
+    /// Never waits and never allocates. Errors   full, closed; the command comes back.
+    expected<void, actor_send_error<Command>> try_send(Command c) {
+        const detail::push_end end = s_ != nullptr ? s_->try_send(c) : detail::push_end::closed;
+        if (end == detail::push_end::ok) return {};
+        return rtb::unexpected(refused(end, std::move(c)));
+    }
+    /// co_await h.send(c): expected<void, actor_send_error<Command>>. Waits for room. In the actor's own handler, with a full
+    /// mailbox: would_deadlock.
+    send_op send(Command c) { return send_for((duration::max)(), std::move(c)); }
+    send_op send_for(duration limit, Command c) {
+        RTB_ASSERT(s_ != nullptr, "send through a moved-from handle");
+        return send_op(s_, std::move(c), 0, limit);
+    }
+    /// On the actor's own worker: would_deadlock. The timeout is real time.
+    expected<void, actor_send_error<Command>> send_blocking(Command c, duration timeout = (duration::max)()) {
+        const detail::push_end end =
+            s_ != nullptr ? s_->push_blocking(c, 0, detail::deadline_after(clock::now(), timeout)) : detail::push_end::closed;
+        if (end == detail::push_end::ok) return {};
+        return rtb::unexpected(refused(end, std::move(c)));
+    }
+    /// co_await h.ask<R>(make): expected<R, actor_error>. make(oneshot_sender<R>) builds the command, here and at once.
+    /// with_timeout(d, h.ask<R>(make)) bounds it. In the actor's own handler: would_deadlock.
+    template <class R, class Make>
+        requires std::is_invocable_v<Make&, oneshot_sender<R>>
+    task<expected<R, actor_error>> ask(Make&& make) {
+        RTB_ASSERT(s_ != nullptr, "ask through a moved-from handle");
+        auto ends = oneshot<R>();
+        return ask_task<R>(state_ref(s_), Command(make(std::move(ends.first))), std::move(ends.second));
+    }
+    /// As above, with Command(C{args..., oneshot_sender<R>}): no lambda inside a co_await expression, which g++ 12.2 miscompiles.
+    template <class R, class C, class... Args>
+        requires(!std::is_invocable_v<C&, oneshot_sender<R>>)
+    task<expected<R, actor_error>> ask(Args&&... args) {
+        RTB_ASSERT(s_ != nullptr, "ask through a moved-from handle");
+        auto ends = oneshot<R>();
+        return ask_task<R>(state_ref(s_), build<C>(std::move(ends.first), std::forward<Args>(args)...), std::move(ends.second));
+    }
+    /// Blocks for the answer. On the actor's own worker: would_deadlock. The timeout is real time and covers both ways.
+    template <class R, class Make>
+        requires std::is_invocable_v<Make&, oneshot_sender<R>>
+    expected<R, actor_error> ask_blocking(Make&& make, duration timeout = (duration::max)()) {
+        auto ends = oneshot<R>();
+        return ask_here<R>(Command(make(std::move(ends.first))), ends.second, timeout);
+    }
+    template <class R, class C, class... Args>
+        requires(!std::is_invocable_v<C&, oneshot_sender<R>>)
+    expected<R, actor_error> ask_blocking(Args&&... args) {
+        auto ends = oneshot<R>();
+        return ask_here<R>(build<C>(std::move(ends.first), std::forward<Args>(args)...), ends.second, (duration::max)());
+    }
+    actor_stats stats() const noexcept { return s_ != nullptr ? s_->stats() : actor_stats{}; }
+    /// Commands in the mailbox.
+    std::size_t pending() const noexcept { return static_cast<std::size_t>(stats().pending); }
+
+    /// On a thread of its own. `from` is an actor, or a callable that makes one. Throws std::invalid_argument for a
+    /// configuration that can't work, std::system_error if the system refuses the thread. Token and configuration are optional
+    /// and come in either order.
+    template <class From>
+    static started spawn(From from, actor_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return or_throw(start(nullptr, std::move(from), std::move(config), std::move(token)));
+    }
+    template <class From, std::same_as<cancellation_token> Token>
+    static started spawn(From from, Token token, actor_config config = {}) {
+        return or_throw(start(nullptr, std::move(from), std::move(config), std::move(token)));
+    }
+    /// On a scheduler that is shared, or under a manual clock. When it goes, the actor is over, without on_shutdown.
+    template <class From>
+    static started spawn_on(rtb::scheduler& on, From from, actor_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return or_throw(start(&on, std::move(from), std::move(config), std::move(token)));
+    }
+    template <class From, std::same_as<cancellation_token> Token>
+    static started spawn_on(rtb::scheduler& on, From from, Token token, actor_config config = {}) {
+        return or_throw(start(&on, std::move(from), std::move(config), std::move(token)));
+    }
+    /// With the error as a value.
+    template <class From>
+    static expected<started, std::error_code> try_spawn(From from, actor_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return start(nullptr, std::move(from), std::move(config), std::move(token));
+    }
+    template <class From, std::same_as<cancellation_token> Token>
+    static expected<started, std::error_code> try_spawn(From from, Token token, actor_config config = {}) {
+        return start(nullptr, std::move(from), std::move(config), std::move(token));
+    }
+    template <class From>
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, actor_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
+        return start(&on, std::move(from), std::move(config), std::move(token));
+    }
+    template <class From, std::same_as<cancellation_token> Token>
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, Token token, actor_config config = {}) {
+        return start(&on, std::move(from), std::move(config), std::move(token));
+    }
+
+private:
+    template <class From> static expected<started, std::error_code> start(rtb::scheduler* on, From&& from, actor_config c, std::optional<cancellation_token> token) {
+        using bare = std::decay_t<From>;
+        using source = std::conditional_t<detail::handles<bare, Command>, detail::one_actor<bare>, detail::actor_factory<bare>>;
+        using service = detail::actor_service<Command, source>;
+        const duration zero{};
+        if (c.queue_capacity == 0 || c.queue_capacity > (std::numeric_limits<std::size_t>::max)() / 2 / sizeof(Command) || c.idle_interval <= zero ||
+            c.shutdown_grace < zero || c.restart.window < zero || c.restart.backoff < zero || c.restart.max_backoff < zero)
+            return rtb::unexpected(std::make_error_code(std::errc::invalid_argument));
+        if (c.name.empty()) c.name = "actor";
+        const std::string name = c.name;
+        std::error_code error;
+        const auto [s, w] = detail::start_service<service>(on, name, scheduler_options{}.spin, error, std::move(c), source(std::move(from)));
+        if (s == nullptr) return rtb::unexpected(error);
+        actor_join_handle handle(s, w);
+        actor_handle h(s);
+        s->drop_ref();
+        if (token) s->tie.emplace(*token, s);
+        return started(std::move(h), std::move(handle));
+    }
+    static started or_throw(expected<started, std::error_code>&& r) {
+        if (!r) detail::throw_start_error(r.error(), "rtb::actor_handle");
+        return std::move(*r);
+    }
+};
+}  // inline namespace
+}  // namespace rtb
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>process.types   durable rows: what a registry stores, and the interface to it

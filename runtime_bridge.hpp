@@ -3958,6 +3958,7 @@ template <class T> struct oneshot_state : immovable {
         flags.fetch_and(~k_waiting, std::memory_order_acq_rel);
     }
 };
+struct oneshot_access;
 }  // namespace detail
 
 /// Fires a oneshot once, from any thread. Dropping it unsent closes the other end.
@@ -4018,6 +4019,7 @@ template <class T> class oneshot_receiver {
     using result = expected<T, channel_error>;
     state* s_ = nullptr;
     bool taken_ = false;
+    friend struct detail::oneshot_access;
 
     bool has_value() const noexcept { return s_ != nullptr && !taken_ && (s_->flags.load(std::memory_order_acquire) & state::k_sent) != 0; }
     bool is_ready() const noexcept { return s_ == nullptr || taken_ || s_->over(); }
@@ -4091,6 +4093,12 @@ public:
         return std::move(*s_->value);
     }
 };
+
+namespace detail {
+struct oneshot_access {
+    template <class T> static oneshot_state<T>* state(const oneshot_receiver<T>& rx) noexcept { return rx.s_; }
+};
+}  // namespace detail
 
 /// One value from one place to another: {oneshot_sender<T>, oneshot_receiver<T>}. Makes a callback API awaitable.
 /// Allocates one block. Threads   the two ends are independent; each is used by one thread at a time.
