@@ -432,7 +432,6 @@ class parsed {
             if (k == s.head && w == "catch" && s.declares && s.last_function != none) return braces::handler;
             if (k == s.head && has(std::initializer_list<string_view>{"if", "for", "while", "switch", "do", "else", "try", "catch"}, w)) return braces::block;
             if (w == "namespace" || (w == "extern" && t[k + 1].kind == 'l' && k + 2 == i) || (w == "export" && k + 1 == i)) return braces::declarations;
-            if (w == "enum") return braces::initialiser;
             if (w == "class" || w == "struct" || w == "union") type = true;
             if (w == "operator") {  // its name may be made of brackets
                 k += is(k + 1, "(") || is(k + 1, "[") ? 2 : 1;

@@ -82,6 +82,7 @@ GUILTY = [
     "auto n = ::read(fd, b, 9); //! system ::read",
     "auto n = read(fd, b, 9); //! system read",
     "if (x > read(fd, b, 9)) g(); //! system read",
+    "if (a < b) g(); n = c > read(fd, b, 9); //! system read",
     "co_return write(fd, b, 9); //! system write",
     "co_await f(1 + ::write(fd, b, 9)); //! system ::write",
     "co_await f(::write(fd, b, 9)); //! system ::write",
@@ -160,6 +161,7 @@ INNOCENT = [
     "#define NAP sleep(1)\n#define REST \\\n  sleep(2)",
     "#if 0\nsleep(1);\n#endif",
     "int sleep = 1; use(sleep);",
+    "a = read < 3; b = 4 > (x);",
     "auto f = &::sleep; use(::read, fd);",
     "auto l = [] { sleep(1); }; l();",
     "co_await run_blocking([fd] { return ::read(fd, nullptr, 0); });",
@@ -188,6 +190,7 @@ INNOCENT = [
     "auto next = co_await rtb::when_any(a, b); std::move(next).get<1>(); next.get<0>();",
     "rtb::future<int> f; f.get(); std::optional<int> o; o.wait;",
     "auto f = co_await std::async(g); f.get();",
+    "auto f = h([] { return std::async(g); }); f.get();",
     "{ std::future<int> f; } { std::unique_ptr<int> f; f.get(); }",
     "path.join(x); str.join(); strings::join(a, b); co_await h.join();",
     "std::thread t(g); co_await t.join(); t.detach(); t.joinable();",
@@ -275,6 +278,10 @@ FILES = [
     "task<> f() { auto [a, b] = co_await x; auto& [c, d] = a; e[0] = g[f(1)] ; sleep(1); } //! sleep sleep\n",
     "template <> struct hash<key> { int operator()(const key& k) const { sleep(1); return 0; } };\n",
     "[[nodiscard]] inline task<> f [[gnu::noinline]] (int n [[maybe_unused]]) { sleep(1); co_return; } //! sleep sleep\n",
+    "namespace n { task<> f() { co_await x; } void g() { sleep(1); } }\n",
+    "struct s { int operator[](int) { return 1; } struct t { task<> m() { co_await x; } void n() { sleep(1); } }; };\n",
+    "T v{co_await x};\nsleep(1); //! sleep sleep\n",
+    "s::s() : a{1} { sleep(1); }\nint n = co_await x;\n",
     "",
     "co_await } ) ; task<> f() { co_await x; sleep(1); } //! sleep sleep\n",
 ]
@@ -302,7 +309,7 @@ co_await y; //! lock l 16 co_await
   task<> f() { sleep(1); co_return; } //! sleep sleep
   ```
 ```cpp
-void open_at_the_end() { sleep(1);
+task<> open_at_the_end() { sleep(1); co_return; } //! sleep sleep
 """
 
 
@@ -410,7 +417,11 @@ def check(program, directory):
     code, lines, error = checks.run("missing.cpp", "tree/c.cpp")
     checks.equal("a missing file", (code, lines[:-1], "missing.cpp" in error), (2, expected("tree/c.cpp", bad), True))
     checks.equal("an empty directory", checks.run("empty")[0], 2)
-    checks.equal("unmatched brackets", "whole/" in checks.run("whole")[2], True)
+    for name, text in (("opened.cpp", "\nvoid f() { if (a) {\n}\n"), ("closed.cpp", "\n}\n")):
+        (directory / name).write_text(text, encoding="utf-8")
+        note = f"sync_in_async: {name}:2: brackets don't match here; findings may be missing\n"
+        checks.equal("unmatched brackets", checks.run(name), (0, ["sync_in_async: 1 files, 0 findings"], note))
+    checks.equal("matched brackets", checks.run("innocent")[2], "")
     for usage in ([], ["--nonsense"], ["--without", "nonsense", "tree"], ["--without"], ["--rules", "tree"], ["--without", "sleep"]):
         code, lines, error = checks.run(*usage)
         checks.equal(f"usage {usage}", (code, lines, error.startswith("usage:")), (2, [], True))
