@@ -271,6 +271,7 @@ FILES = [
     "int a = x < y; bool b = x > y;\ntask<> f() { if (a < b && c > d) sleep(1); co_return; } //! sleep sleep\n",
     "task<> f() {\r\n  // text \\\r\n  sleep(1);\r\n  co_await x; sleep(2); //! sleep sleep\r\n}\r\n",
     "\ufefftask<> f() { co_await x; sleep(2); } //! sleep sleep\n",
+    "\ufeff#if 0\ntask<> f() { co_await x; sleep(2); }\n#endif\n",
     "task<> f() {\n std::this_thread::sle\\\nep_for(1s); co_return;\n} // the finding is on line 2: {2: sleep std::this_thread::sleep_for}\n",
     "int x; // allow-sync-in-async\n// {1: exemption}\n",
     "// allow-sync-in-async:   \nint x; // {1: exemption}\n",
