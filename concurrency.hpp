@@ -6466,7 +6466,7 @@ template <class T> struct sink_state : queue_service<T, close_report> {
         failures.erase(failures.begin(), failures.begin() + static_cast<std::ptrdiff_t>(n));
     }
     /// What a flush has to tell, now that its caller takes it.
-    expected<void, sink_error> hand_over_locked(flush_node* n) {
+    expected<void, sink_error> hand_over_locked(flush_node* n) noexcept {
         const auto how = n->state;
         expected<void, sink_error> result;
         if (how == flush_node::closed) result = rtb::unexpected(sink_error(sink_errc::closed));
@@ -6475,7 +6475,8 @@ template <class T> struct sink_state : queue_service<T, close_report> {
             std::uint64_t lost = 0;
             for (const failure_record& g : failures)
                 if (g.number > n->seen_failures && g.number <= n->failures) lost += g.lost;
-            result = rtb::unexpected(sink_error(sink_errc::drain, f.cause, f.message, f.first, lost));
+            RTB_DETAIL_TRY { result = rtb::unexpected(sink_error(sink_errc::drain, f.cause, f.message, f.first, lost)); }
+            RTB_DETAIL_CATCH_ALL { result = rtb::unexpected(sink_error(sink_errc::drain, f.cause, {}, f.first, lost)); }  // no memory
             failures_reported = (std::max)(failures_reported, n->failures);
             break;
         }
@@ -6488,18 +6489,15 @@ template <class T> struct sink_state : queue_service<T, close_report> {
     }
     void record_failure_locked(sink_range range, std::uint64_t lost, const drain_error& e) noexcept {
         ++n_failures;
-        RTB_DETAIL_TRY {
-            if (new_record || failures.empty()) {
-                failure_record r;
-                r.first = range;
-                r.cause = e.cause();
-                r.message = e.what();
-                failures.push_back(std::move(r));
+        if (new_record || failures.empty()) {
+            RTB_DETAIL_TRY {
+                failures.emplace_back();  // never fails for the first four; without memory the one before stands for this one too
+                failures.back().first = range;
+                failures.back().cause = e.cause();
                 new_record = false;
+                failures.back().message = e.what();
             }
-        }
-        RTB_DETAIL_CATCH_ALL {  // no memory: the one before, if there is one, stands for this one too
-            if (failures.empty()) return;
+            RTB_DETAIL_CATCH_ALL {}
         }
         failures.back().number = n_failures;
         failures.back().lost += lost;
@@ -6868,7 +6866,9 @@ template <class T> class background_sink {
         if (s_ != nullptr) s_->drop_producer();
         s_ = nullptr;
     }
-    RTB_DETAIL_NOINLINE push_error<T> refused(detail::push_end end, T&& v) const { return push_error<T>(detail::push_code<sink_errc>(end), std::move(v)); }
+    static RTB_DETAIL_NOINLINE expected<void, push_error<T>> refused(detail::push_end end, T&& v) {
+        return rtb::unexpected(push_error<T>(detail::push_code<sink_errc>(end), std::move(v)));
+    }
 
 public:
     using value_type = T;
@@ -6889,13 +6889,14 @@ public:
 
     /// Never waits and never allocates. A full queue: see `overflow`.
     expected<void, push_error<T>> try_push(T v) {
-        if (s_ == nullptr) return rtb::unexpected(refused(detail::push_end::closed, std::move(v)));
+        if (s_ == nullptr) return refused(detail::push_end::closed, std::move(v));
         const detail::push_end end = s_->try_push(v, size_of(v));
         if (end == detail::push_end::ok) return {};
-        return rtb::unexpected(refused(end, std::move(v)));
+        return refused(end, std::move(v));
     }
     /// co_await sink.push(v): expected<void, push_error<T>>. Waits for room in every mode, in order of arrival. Destroyed
-    /// while it waits, it takes its value with it.
+    /// while it waits, it takes its value with it. (The loser of a when_any may have been accepted at the same moment: bound it
+    /// with push_for, which knows.)
     push_op push(T v) { return push_for((duration::max)(), std::move(v)); }
     /// As push; `timed_out`, with the value, if there was no room in time.
     push_op push_for(duration limit, T v) {
@@ -6905,10 +6906,10 @@ public:
     }
     /// Waits for room in every mode. On the sink's own worker: would_deadlock. The timeout is real time.
     expected<void, push_error<T>> push_blocking(T v, duration timeout = (duration::max)()) {
-        if (s_ == nullptr) return rtb::unexpected(refused(detail::push_end::closed, std::move(v)));
+        if (s_ == nullptr) return refused(detail::push_end::closed, std::move(v));
         const detail::push_end end = s_->push_blocking(v, size_of(v), detail::deadline_after(clock::now(), timeout));
         if (end == detail::push_end::ok) return {};
-        return rtb::unexpected(refused(end, std::move(v)));
+        return refused(end, std::move(v));
     }
     /// co_await sink.flush(): expected<void, sink_error>. In the drain itself: would_deadlock.
     detail::flush_leaf<T> flush() const { return flush_for((duration::max)()); }
@@ -7423,7 +7424,7 @@ template <class C> struct actor_state : queue_service<C, actor_report> {
     using base = queue_service<C, actor_report>;
     const actor_config config;
     bool drained_by_drop = false;  // m: the last handle went: what was accepted is handled
-    std::uint64_t handled = 0, failures = 0, restarts = 0, rejected = 0;  // m
+    port::atomic<std::uint64_t> handled{0}, failures{0}, restarts{0}, rejected{0};  // written by the loop
 
     actor_state(sched_core* c, bool own, actor_config cfg)
         : base(c, own, cfg.shutdown_grace, cfg.queue_capacity, 0, false, false), config(std::move(cfg)) {}
@@ -7448,8 +7449,9 @@ template <class C> struct actor_state : queue_service<C, actor_report> {
         actor_stats s;
         if (this->core->out_of_reach()) return s;
         port::unique_lock l(this->m);
-        s.received = this->accepted, s.handled = handled, s.failures = failures, s.restarts = restarts, s.rejected = rejected;
-        s.pending = this->count;
+        const auto get = [](const port::atomic<std::uint64_t>& n) { return n.load(std::memory_order_relaxed); };
+        s.handled = get(handled), s.failures = get(failures), s.restarts = get(restarts), s.rejected = get(rejected);
+        s.received = this->accepted, s.pending = this->count;
         return s;
     }
 };
@@ -7501,11 +7503,16 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
     void destroy_user() noexcept override {
         actor.reset();
         source.reset();
-        const std::size_t left = this->discard();
+        sched_core::bump<std::uint64_t>(this->rejected, this->discard());
+        const actor_stats s = this->stats();
         port::unique_lock l(this->m);
-        this->rejected += left;
         actor_report& r = this->report;
-        r.handled = this->handled, r.failures = this->failures, r.restarts = this->restarts, r.rejected = this->rejected;
+        r.handled = s.handled, r.failures = s.failures, r.restarts = s.restarts, r.rejected = s.rejected;
+    }
+    /// It closes, and nobody was promised that the queue is handled.
+    bool nothing_left() const noexcept {
+        port::unique_lock l(this->m);
+        return this->closing && (!this->drained_by_drop || this->count == 0 || this->core->now() >= deadline_after(this->close_at, this->grace));
     }
     bool may_restart() const noexcept { return Source::restarts && this->config.restart.max_restarts != 0; }
 
@@ -7529,9 +7536,8 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
         return step::sleep;
     }
     void count_call(bool command, bool failed) noexcept {
-        port::unique_lock l(this->m);
-        if (command) ++this->handled;
-        if (failed) ++this->failures;
+        if (command) sched_core::bump<std::uint64_t>(this->handled);
+        if (failed) sched_core::bump<std::uint64_t>(this->failures);
     }
     // After a failed life: when the next may begin, or nothing if the restarts are used up.
     std::optional<time_point> restart_at() {
@@ -7612,7 +7618,8 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                         const callback_end<handler_error> told = co_await telling;
                         if (told.error) s->complain(*told.error);
                     }
-                    if (s->may_restart()) failure = std::move(end.error);
+                    // While it closes there is nothing to begin anew for: the other commands still have their turn.
+                    if (s->may_restart() && !s->is_closing()) failure = std::move(end.error);
                 }
             }
             if (stop) {
@@ -7622,7 +7629,7 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                         port::unique_lock l(s->m);
                         if (s->count == 0) break;
                         command.emplace(s->take_locked());
-                        ++s->rejected;
+                        sched_core::bump<std::uint64_t>(s->rejected);
                     }
                     if constexpr (has_on_discard) {
                         auto call = [s, &command] { return s->actor->on_discard(std::move(*command)); };
@@ -7653,12 +7660,11 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                 co_return;
             }
             for (;;) {
-                if (s->is_closing()) co_return;  // there is no life to shut down
+                if (s->nothing_left()) co_return;  // there is no life to shut down
                 if (s->core->now() >= *again) break;
                 co_await pause_leaf(s, *again);
             }
-            port::unique_lock l(s->m);
-            ++s->restarts;
+            sched_core::bump<std::uint64_t>(s->restarts);
         }
     }
 };
@@ -7688,8 +7694,8 @@ template <class Command> class actor_handle {
     using state_ref = detail::service_ref<detail::actor_state<Command>>;
 
     explicit actor_handle(detail::actor_state<Command>* s) noexcept : s_(s) { s->add_ref(); }
-    RTB_DETAIL_NOINLINE actor_send_error<Command> refused(detail::push_end end, Command&& c) const {
-        return actor_send_error<Command>(detail::push_code<actor_errc>(end), std::move(c));
+    static RTB_DETAIL_NOINLINE expected<void, actor_send_error<Command>> refused(detail::push_end end, Command&& c) {
+        return rtb::unexpected(actor_send_error<Command>(detail::push_code<actor_errc>(end), std::move(c)));
     }
     template <class R> static task<expected<R, actor_error>> ask_task(state_ref s, Command c, oneshot_receiver<R> rx) {
         const bool self = co_await detail::self_leaf(s.get());
@@ -7747,11 +7753,12 @@ public:
     expected<void, actor_send_error<Command>> try_send(Command c) {
         const detail::push_end end = s_ != nullptr ? s_->try_send(c) : detail::push_end::closed;
         if (end == detail::push_end::ok) return {};
-        return rtb::unexpected(refused(end, std::move(c)));
+        return refused(end, std::move(c));
     }
     /// co_await h.send(c): expected<void, actor_send_error<Command>>. Waits for room. In the actor's own handler, with a full
-    /// mailbox: would_deadlock.
+    /// mailbox: would_deadlock. (The loser of a when_any may have been accepted at the same moment.)
     send_op send(Command c) { return send_for((duration::max)(), std::move(c)); }
+    /// As send; `timed_out`, with the command, if there was no room in time.
     send_op send_for(duration limit, Command c) {
         RTB_ASSERT(s_ != nullptr, "send through a moved-from handle");
         return send_op(s_, std::move(c), 0, limit);
@@ -7761,7 +7768,7 @@ public:
         const detail::push_end end =
             s_ != nullptr ? s_->push_blocking(c, 0, detail::deadline_after(clock::now(), timeout)) : detail::push_end::closed;
         if (end == detail::push_end::ok) return {};
-        return rtb::unexpected(refused(end, std::move(c)));
+        return refused(end, std::move(c));
     }
     /// co_await h.ask<R>(make): expected<R, actor_error>. make(oneshot_sender<R>) builds the command, here and at once.
     /// with_timeout(d, h.ask<R>(make)) bounds it. In the actor's own handler: would_deadlock.
