@@ -5621,18 +5621,15 @@ struct service : immovable {
     }
     /// True in the callback coroutine that the main task awaits just now: waiting there for this service would never end.
     bool in_callback(const sched_core* c) const noexcept { return c == core && callback != nullptr && c->current == callback; }
-    /// In mid-step: a callback does not give the thread back. Which task: logged by the caller.
-    bool in_mid_step() const noexcept {
-        RTB_DETAIL_TRY {
-            std::string name, where;
-            return core->look(name, where);
-        }
-        RTB_DETAIL_CATCH_ALL { return true; }
+    /// True if the scheduler is in the middle of the same step as at the last look: it does not give the thread back.
+    bool same_step(unsigned& last_look) const noexcept {
+        const unsigned turn = core->watch.turn.load(std::memory_order_acquire);
+        return turn == std::exchange(last_look, turn) && turn % 2 == 1;
     }
-    /// The time by which a service that closes should be over, with some slack for short steps. Real time.
+    /// The time by which a service that closes should be over. Real time.
     time_point stuck_after() const noexcept {
         port::unique_lock l(m);
-        return closing ? deadline_after(deadline_after(close_at_steady, grace), std::chrono::milliseconds(100)) : never;
+        return closing ? deadline_after(close_at_steady, grace) : never;
     }
     enum class join_end { over, stuck, timed_out, would_deadlock, not_here };
     join_end wait_over(time_point until) noexcept;
@@ -5642,6 +5639,7 @@ inline void close_on_cancel::operator()() const noexcept { s->begin_close(); }
 // Blocks until the service is over, the time is over, or it is closing and sits in a step that outlasts the grace.
 inline service::join_end service::wait_over(time_point until) noexcept {
     if (core->out_of_reach()) return join_end::not_here;
+    unsigned last_look = 0;
     for (time_point patience = stuck_after();;) {
         wait_node n;
         const wait_end end = wait_on(
@@ -5667,8 +5665,8 @@ inline service::join_end service::wait_over(time_point until) noexcept {
         if (patience == never)
             patience = stuck_after();
         else if (end == wait_end::timed_out && t >= patience) {
-            if (in_mid_step()) return join_end::stuck;
-            patience = deadline_after(t, std::chrono::milliseconds(100));  // merely slow, or its time is virtual
+            if (same_step(last_look)) return join_end::stuck;
+            patience = deadline_after(t, std::chrono::milliseconds(100));  // else merely slow, or its time is virtual
         }
     }
 }
@@ -5707,6 +5705,16 @@ public:
     S* operator->() const noexcept { return s_; }
 };
 
+/// The end of a wait that a signal or a timer can end, after it was unregistered from the one who signals. If both did, one
+/// of the two wake-ups is still on its way, in the inbox or in the ready list.
+inline void end_timed_wait(timer_node& timer, bool timed, bool signalled) noexcept {
+    sched_core* const c = timer.target->core;
+    if (timer.linked())
+        c->timers.remove(&timer);
+    else if (timed && signalled)
+        c->forget(timer.target);
+}
+
 /// The main task's sleep: until somebody signals, or until the time.
 class pause_leaf {
     service* s_;
@@ -5717,10 +5725,13 @@ class pause_leaf {
     void leave() noexcept {
         if (!waiting_) return;
         waiting_ = false;
-        if (node_.linked()) s_->core->timers.remove(&node_);
-        port::unique_lock l(s_->m);
-        s_->sleeper = nullptr;
-        s_->signalled = false;
+        bool woken = false;
+        {
+            port::unique_lock l(s_->m);
+            s_->sleeper = nullptr;
+            woken = std::exchange(s_->signalled, false);
+        }
+        end_timed_wait(node_, until_ != never, woken);
     }
     bool over_locked() noexcept {
         if (std::exchange(s_->signalled, false)) return true;
@@ -5752,16 +5763,20 @@ public:
 class join_leaf : wait_node {
     service* s_;
     timer_node node_;
-    bool waiting_ = false, was_closing_;
+    bool waiting_ = false, timed_ = false, was_closing_;
 
     static constexpr duration k_join_slice = std::chrono::milliseconds(100);
 
     void leave() noexcept {
         if (!waiting_) return;
         waiting_ = false;
-        if (node_.linked()) node_.target->core->timers.remove(&node_);
-        port::unique_lock l(s_->m);
-        if (wait_node::linked()) wait_node::unlink();
+        bool woken = false;
+        {
+            port::unique_lock l(s_->m);
+            woken = !wait_node::linked();
+            if (!woken) wait_node::unlink();
+        }
+        end_timed_wait(node_, timed_, woken);
     }
 
 public:
@@ -5780,7 +5795,8 @@ public:
         wait_node::target = node_.target = r;
         s_->joiners.push_back(this);
         // On the service's own scheduler a stuck step would keep us from looking.
-        if (was_closing_ && r->core != s_->core && s_->grace != (duration::max)()) r->core->timers.insert(&node_, deadline_after(r->core->now(), k_join_slice));
+        timed_ = was_closing_ && r->core != s_->core && s_->grace != (duration::max)();
+        if (timed_) r->core->timers.insert(&node_, deadline_after(r->core->now(), k_join_slice));
         return true;
     }
     void resume() noexcept { leave(); }
@@ -5944,6 +5960,7 @@ template <class Report> task<expected<Report, join_error>> join_task(service_ref
     const bool self = co_await self_leaf(s.get());
     if (self) co_return rtb::unexpected(join_errc::would_deadlock);
     if (s->core->out_of_reach()) co_return joined(s.get(), service::join_end::not_here);
+    unsigned last_look = 0;
     for (bool closing = false;;) {
         co_await join_leaf(s.get(), closing);
         bool over = false;
@@ -5952,7 +5969,7 @@ template <class Report> task<expected<Report, join_error>> join_task(service_ref
             over = s->over;
         }
         if (over) co_return joined(s.get(), service::join_end::over);
-        if (closing && clock::now() >= s->stuck_after() && s->in_mid_step()) co_return joined(s.get(), service::join_end::stuck);
+        if (closing && clock::now() >= s->stuck_after() && s->same_step(last_look)) co_return joined(s.get(), service::join_end::stuck);
         closing = true;
     }
 }
@@ -6305,9 +6322,13 @@ template <class T, class Report, class Error> class push_leaf : push_node<T> {
     void leave() noexcept {
         if (!registered_) return;
         registered_ = false;
-        if (timer_.linked()) timer_.target->core->timers.remove(&timer_);
-        port::unique_lock l(s_->m);
-        if (node::linked()) node::unlink();
+        bool woken = false;
+        {
+            port::unique_lock l(s_->m);
+            woken = !node::linked();
+            if (!woken) node::unlink();
+        }
+        end_timed_wait(timer_, limit_ != (duration::max)(), woken);
     }
 
 public:
@@ -6544,19 +6565,16 @@ template <class T> class flush_leaf : flush_node {
     duration limit_;
     timer_node timer_;
     sink_errc refused_{};
+    bool waiting_ = false;
 
-    void leave() noexcept {
-        if (timer_.linked()) timer_.target->core->timers.remove(&timer_);
-        if (refused_ != sink_errc{} || timer_.target == nullptr) return;
-        port::unique_lock l(s_->m);
-        s_->drop_flush_locked(this);
-    }
 
 public:
     using rtb_leaf = void;
     flush_leaf(sink_state<T>* s, duration limit) noexcept : s_(s), limit_(limit) {}
     flush_leaf(flush_leaf&& o) noexcept : flush_node(), s_(o.s_), limit_(o.limit_) {}
-    ~flush_leaf() { leave(); }
+    ~flush_leaf() {
+        if (waiting_) leave(nullptr);  // reports nothing
+    }
     bool ready(sched_core* c) noexcept {
         if (s_->core->out_of_reach()) {
             refused_ = sink_errc::closed;
@@ -6577,16 +6595,30 @@ public:
         }
         flush_node::target = timer_.target = r;
         s_->enter_flush_locked(this);
+        waiting_ = true;
         if (limit_ != (duration::max)()) r->core->timers.insert(&timer_, deadline_after(r->core->now(), limit_));
         return true;
     }
     expected<void, sink_error> resume() {
         if (refused_ != sink_errc{}) return rtb::unexpected(sink_error(refused_));
-        if (timer_.linked()) timer_.target->core->timers.remove(&timer_);
-        port::unique_lock l(s_->m);
-        if (flush_node::state != flush_node::waiting) return s_->hand_over_locked(this);
-        s_->drop_flush_locked(this);
-        return rtb::unexpected(sink_error(sink_errc::timed_out));
+        expected<void, sink_error> result = rtb::unexpected(sink_error(sink_errc::timed_out));
+        leave(&result);
+        return result;
+    }
+
+private:
+    void leave(expected<void, sink_error>* result) noexcept {
+        waiting_ = false;
+        bool woken = false;
+        {
+            port::unique_lock l(s_->m);
+            woken = flush_node::state != flush_node::waiting;
+            if (woken && result != nullptr)
+                *result = s_->hand_over_locked(this);
+            else
+                s_->drop_flush_locked(this);
+        }
+        end_timed_wait(timer_, limit_ != (duration::max)(), woken);
     }
 };
 

@@ -915,7 +915,7 @@ public:
 inline void require(bool ok, const char* what) {
     if (!ok) g->fail(what);
 }
-#define MC_REQUIRE(c) ::mc::require((c), "expected: " #c)
+#define MC_REQUIRE(c) ::mc::require((c) ? true : false, "expected: " #c)
 
 // ---- race detection on all memory: called by the code that -fsanitize=thread puts before every access ----
 inline granule& engine::shadow_of(std::uintptr_t a) {

@@ -11,10 +11,10 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-HEADER = HERE.parent.parent / "runtime_bridge.hpp"
+ROOT = HERE.parent.parent
 
 # name, kernel that must fail, text before the place (or ""), what is replaced, by what
-MUTANTS = [
+BRIDGE = [
     ("park without a look at stop", "stop against park", "void sched_core::park(",
      "if (inbox_flag.load(std::memory_order_relaxed) || stopping()) return;", "if (inbox_flag.load(std::memory_order_relaxed)) return;"),
     ("park without a look at the inbox", "post is run", "void sched_core::park(",
@@ -48,6 +48,32 @@ MUTANTS = [
     ("a drain that waits for nobody", "block_on against drain", "// sync: acquire pairs with the release in shutdown()",
      "external.load(std::memory_order_relaxed) == 0", "true"),
 ]
+CONCURRENCY = [
+    ("a signal that wakes nobody", "sink: push and flush", "void signal_locked()", "if (sleeper != nullptr) wake(sleeper);", ""),
+    ("a sleep without a look at the signal", "sink: push and flush", "class pause_leaf", "if (std::exchange(s_->signalled, false)) return true;", ""),
+    ("a wake-up left in the inbox", "periodic: trigger against stop", "void end_timed_wait(", "else if (timed && signalled)", "else if (false && timed && signalled)"),
+    ("closing that does not wake the worker", "sink: two joiners", "void begin_close()", "signal_locked();", ""),
+    ("an end that wakes no joiner", "sink: two joiners", "void end() noexcept", "wake_joiners_locked();", ""),
+    ("an end that leaves its thread running", "sink: two joiners", "void end() noexcept", "if (own_thread) core->request_stop();", ""),
+    ("a push after closing", "sink: push against close", "push_end try_place_locked(", "if (this->closing) return push_end::closed;", ""),
+    ("a push that overtakes", "sink: a waiting push against close", "push_end try_place_locked(", "if (!pushing.empty() || !fits_locked(size))", "if (false)"),
+    ("a push that nobody admits", "sink: waiting pushes", "void admit_locked()", "wake(n->target);", ""),
+    ("a waiting push that closing forgets", "sink: a waiting push against close", "void refuse_locked()", "wake(n->target);", ""),
+    ("a waiting push that the worker does not see", "sink: waiting pushes", "push_end push_blocking(T& v", "if (n.linked()) n.unlink();", ""),
+    ("a flush that nobody answers", "sink: two flushes", "void resolve_locked(", "if (n->target != nullptr) wake(std::exchange(n->target, nullptr));", ""),
+    ("a flush that does not wake the worker", "sink: push and flush", "void enter_flush_locked(", "this->signal_locked();", ""),
+    ("a flush that does not wait for its messages", "sink: push and flush", "plan next()", "if (n->position > this->head_position) break;", ""),
+    ("a flush that the end forgets", "sink: flush against the end of its scheduler", "void end_locked() noexcept override", "resolve_locked(n, flush_node::closed);", "static_cast<void>(n);"),
+    ("an evicted message that nobody hears of", "sink: eviction against the worker", "void evict_locked(", "++n_evicted;", ""),
+    ("messages that wake nobody", "sink: a push is written without a flush", "void place_locked(", "this->signal_locked();", ""),
+    ("a trigger that wakes nobody", "periodic: trigger against sleep", "bool trigger() noexcept {", "signal_locked();", ""),
+    ("a trigger that outlives the worker", "periodic: trigger against stop", "bool trigger() noexcept {", "if (closing) return false;", ""),
+    ("an interval that wakes nobody", "periodic: a new interval against sleep", "bool set_interval(duration d) noexcept {", "signal_locked();", ""),
+    ("the last handle ends like a cancel", "actor: the last handle against the actor", "void drop_handle()", "if (!this->closing) drained_by_drop = true;", ""),
+    ("an actor that makes no room", "actor: waiting sends", "step next(std::optional<C>& command", "if (!this->pushing.empty()) this->admit_locked();", ""),
+    ("a queue that nobody discards", "actor: ask against a stop that rejects", "void destroy_user() noexcept override {\n        actor.reset();", "this->discard()", "0"),
+]
+PROGRAMS = [("runtime_bridge.hpp", "kernels.cpp", BRIDGE), ("concurrency.hpp", "kernels_concurrency.cpp", CONCURRENCY)]
 
 
 def main() -> int:
@@ -56,9 +82,13 @@ def main() -> int:
     parser.add_argument("--only")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    text = HEADER.read_text(encoding="utf-8")
+    return 1 if sum(run(args, *program) for program in PROGRAMS) else 0
+
+
+def run(args: argparse.Namespace, header: str, kernels: str, mutants: list) -> int:
+    text = (ROOT / header).read_text(encoding="utf-8")
     survivors = 0
-    for name, kernel, place, old, new in MUTANTS:
+    for name, kernel, place, old, new in mutants:
         if args.list:
             print(name)
             continue
@@ -70,23 +100,23 @@ def main() -> int:
             survivors += 1
             continue
         with tempfile.TemporaryDirectory() as folder:
-            (pathlib.Path(folder) / "runtime_bridge.hpp").write_text(text[:at] + new + text[at + len(old):], encoding="utf-8")
+            (pathlib.Path(folder) / header).write_text(text[:at] + new + text[at + len(old):], encoding="utf-8")
             program = pathlib.Path(folder) / "kernels"
-            build = subprocess.run([args.cxx, "-std=c++20", "-O1", "-w", "-I", folder, "-I", str(HERE), str(HERE / "kernels.cpp"), "-o", str(program)],
+            build = subprocess.run([args.cxx, "-std=c++20", "-O1", "-w", "-I", folder, "-I", str(HERE), str(HERE / kernels), "-o", str(program)],
                                    capture_output=True, text=True, check=False)
             if build.returncode != 0:
                 print(f"NO BUILD  {name}\n{build.stderr[:2000]}")
                 survivors += 1
                 continue
-            run = subprocess.run([str(program), "--kernel", kernel], capture_output=True, text=True, timeout=300, check=False)
-        found = [line.strip() for line in run.stdout.splitlines() if "FAILED" in line]
-        if run.returncode == 1 and found:
+            ran = subprocess.run([str(program), "--kernel", kernel], capture_output=True, text=True, timeout=300, check=False)
+        found = [line.strip() for line in ran.stdout.splitlines() if "FAILED" in line]
+        if ran.returncode == 1 and found:
             print(f"found     {name}: {found[0].split('FAILED ', 1)[1]}")
         else:
             print(f"SURVIVED  {name} ({kernel})")
             survivors += 1
         sys.stdout.flush()
-    return 1 if survivors else 0
+    return survivors
 
 
 if __name__ == "__main__":
