@@ -1,7 +1,52 @@
 // concurrency.hpp - 0.1.0 - background sink, periodic worker, actor and durable process runner for services.
 //
-// One header, C++20, no dependencies. This release holds the shared core only: tasks, scheduler, timers, channels and
-// cancellation, byte for byte the same as in runtime_bridge.hpp, whose top comment is the manual of the core.
+// One header, C++20, no dependencies. Four primitives, each on a thread of its own, on a scheduler that you run, or under
+// virtual time, with the same code. They start and end the same way: spawn gives the object and a handle; cancelling the token,
+// or the handle, is a graceful shutdown; joining gives a report. It is not a thread pool and not a message broker: the
+// process runner drives rows of one registry to their end, on the machines that share it.
+//
+// CONTENTS (search for the tags)
+//   >>core.*           the core, byte for byte as in runtime_bridge.hpp, whose top comment is its manual
+//   >>common           errors of user code, retry_policy      >>process.types    rows, leases, the registry interface
+//   >>service          the life of a primitive, handles       >>process.memory   memory_process_registry
+//   >>sink             background_sink                        >>process.journal  journal_process_registry
+//   >>periodic         periodic_worker                        >>process.runner   durable_process_worker, process_work_runner
+//   >>actor            actor_handle
+//
+// QUICK START
+//   struct to_file {                                            // a drain: called with batches, never twice at once
+//       std::FILE* f;
+//       rtb::expected<void, rtb::drain_error> write_batch(std::span<std::string> lines) {
+//           for (const std::string& line : lines)
+//               if (std::fputs(line.c_str(), f) < 0) return rtb::unexpected(rtb::drain_error("write failed"));
+//           return {};
+//       }
+//       void flush_durable() { std::fflush(f); }
+//   };
+//   auto [log, handle] = rtb::background_sink<std::string>::spawn(to_file{f}, {.batch_size = 64});
+//   if (!log.try_push("hello\n")) { }                          // never blocks; full: counted, and the value comes back
+//   if (auto durable = log.flush_blocking(); !durable) std::puts(durable.error().what());   // everything before it is written
+//
+//   auto [worker, ticking] = rtb::periodic_worker::spawn([] { reload(); }, std::chrono::seconds(10));
+//   auto [stock, life] = rtb::actor_handle<command>::spawn(inventory{}); // inventory has handle(command)
+//   auto left = stock.ask_blocking<int>([](rtb::oneshot_sender<int> reply) { return command{take{3, std::move(reply)}}; });
+//
+// RULES PEOPLE BREAK
+//   * `auto [sink, handle] = ...`: both live as long as you want the thing to live. Dropping the last sink ends it gracefully; the
+//     handle's destructor cancels and joins. A temporary ends at the semicolon.
+//   * Callbacks run on the worker. They must not wait for their own primitive: that is `would_deadlock`, not a hang.
+//   * A plain callback blocks its thread: fine on an own thread, not on a scheduler that others share. There, write a coroutine.
+//   * What user objects refer to must outlive the worker, also one that is stuck in a callback (it is reported and left behind).
+//   * g++ 12.1 and 12.2: no lambda, no aggregate, no options in braces inside a co_await expression; name them first.
+//
+// CONFIGURATION    as in runtime_bridge.hpp; RTB_NO_FILESYSTEM leaves the journal out.
+// ERRORS           Expected outcomes are values, and a refused message comes back in its error. A configuration that can't work
+//                  throws std::invalid_argument, a refused thread std::system_error; try_spawn returns them; without exceptions
+//                  spawn panics. What callbacks throw or return is counted, logged and reported, and the worker goes on.
+// THREADS          Objects and handles: any thread. User objects live on the worker, and are only called there.
+//
+// BREAKING CHANGES
+//   0.1.0  first release
 //
 // SPDX-License-Identifier: MIT (the text is in LICENSE)
 
