@@ -233,8 +233,10 @@ template <class T> struct thread_slot {
 }  // namespace single_thread
 }  // namespace rtb_port
 #else
+#include <algorithm>  // min
 #include <atomic>
 #include <condition_variable>
+#include <ctime>  // time_t
 #include <mutex>
 #include <thread>
 #if defined(__unix__) || defined(__APPLE__)
@@ -245,7 +247,14 @@ template <class T> struct thread_slot {
 namespace rtb_port {
 inline namespace RTB_DETAIL_PASTE(std_threads, RTB_DETAIL_NX) {
 inline constexpr bool has_threads = true;
-using std::condition_variable;
+// libstdc++ casts a deadline's seconds to time_t. Where that has 32 bits a far deadline turns into the past, and every wait
+// ends at once. A wait may end early, so there it is cut to a day.
+struct condition_variable : std::condition_variable {
+    void wait_until(std::unique_lock<std::mutex>& l, std::chrono::steady_clock::time_point t) {
+        if constexpr (sizeof(std::time_t) < 8) t = (std::min)(t, std::chrono::steady_clock::now() + std::chrono::hours(24));
+        std::condition_variable::wait_until(l, t);
+    }
+};
 using std::mutex;
 using unique_lock = std::unique_lock<std::mutex>;
 template <class T> using atomic = std::atomic<T>;
@@ -267,7 +276,7 @@ inline unsigned cpu_count() noexcept {
 inline void name_this_thread(const char* name) noexcept {
 #if defined(__linux__)
     char buffer[16] = {};  // the kernel's limit, the final zero included
-    std::strncpy(buffer, name, sizeof buffer - 1);
+    for (std::size_t i = 0; i + 1 < sizeof buffer && name[i] != 0; ++i) buffer[i] = name[i];
     pthread_setname_np(pthread_self(), buffer);
 #else
     static_cast<void>(name);
