@@ -5462,6 +5462,7 @@ template <> struct is_error_code_enum<::rtb::channel_errc> : true_type {};
 
 #include <algorithm>  // min, max
 #include <concepts>   // same_as
+#include <list>       // failures that no flush has reported
 #include <span>       // a batch
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -5693,6 +5694,10 @@ inline void close_on_cancel::operator()() const noexcept { s->begin_close(); }
 // Blocks until the service is over, the time is over, or it is closing and sits in a step that outlasts the grace.
 inline service::join_end service::wait_over(time_point until) noexcept {
     if (core->out_of_reach()) return join_end::not_here;
+    {
+        port::unique_lock l(m);
+        if (over) return join_end::over;  // its scheduler may be gone, and the clock and the driver with it
+    }
     unsigned last_look = 0;
     for (time_point patience = stuck_after();;) {
         wait_node n;
@@ -6157,7 +6162,8 @@ struct sink_range {
     friend bool operator==(const sink_range& a, const sink_range& b) noexcept { return a.first == b.first && a.last == b.last; }
 };
 /// Why a flush failed. drain: cause(), what() and range() are those of the first failed batch that no flush had reported;
-/// lost() counts the messages of all of them. overflow: lost() accepted messages were dropped for newer ones.
+/// lost() counts the messages of all of them; 0: flush_durable failed with nothing new to cover, and range() means nothing.
+/// overflow: lost() accepted messages were dropped for newer ones.
 class sink_error : public detail::error<sink_errc> {
     sink_range range_;
     std::uint64_t lost_ = 0;
@@ -6298,6 +6304,11 @@ template <class T, class Report> struct queue_service : reporting_service<Report
             wake(n->target);
         }
     }
+    /// A waiting push goes; what it kept waiting may fit.
+    void give_up_locked(push_node<T>* n) noexcept {
+        n->unlink();
+        if (!this->closing) admit_locked();
+    }
     /// Takes the oldest message out; the caller destroys it without the lock.
     T take_locked() noexcept {
         T* p = slots + head;
@@ -6328,7 +6339,7 @@ template <class T, class Report> struct queue_service : reporting_service<Report
         this->drop_ref();
     }
     push_end push_blocking(T& v, std::size_t size, time_point until) {
-        if (this->core->out_of_reach()) return push_end::closed;
+        if (this->core->out_of_reach() || this->is_closing()) return push_end::closed;
         push_node<T> n;
         n.value = &v;
         n.bytes = size;
@@ -6345,7 +6356,7 @@ template <class T, class Report> struct queue_service : reporting_service<Report
             },
             [&](blocker&) {
                 port::unique_lock l(this->m);
-                if (n.linked()) n.unlink();
+                if (n.linked()) give_up_locked(&n);
             });
         {
             port::unique_lock l(this->m);  // whoever answered has left
@@ -6380,7 +6391,7 @@ template <class T, class Report, class Error> class push_leaf : push_node<T> {
         {
             port::unique_lock l(s_->m);
             woken = !node::linked();
-            if (!woken) node::unlink();
+            if (!woken) s_->give_up_locked(this);
         }
         end_timed_wait(timer_, limit_ != (duration::max)(), woken);
     }
@@ -6445,7 +6456,7 @@ struct flush_node : link {
 };
 /// Failed batches that follow each other, reported as one.
 struct failure_record {
-    std::uint64_t number = 0;  // of its last failure; the first failure is 1
+    std::uint64_t from = 0, number = 0;  // of its first and its last failure; the first of all is 1
     sink_range first;
     std::uint64_t lost = 0;
     std::exception_ptr cause;
@@ -6465,13 +6476,18 @@ template <class T> struct sink_state : queue_service<T, close_report> {
     std::uint64_t n_dropped = 0, n_evicted = 0, n_written = 0, n_failed = 0, n_writes = 0, n_write_errors = 0;
     std::uint64_t n_failures = 0;  // given up batches and failed barriers
     std::uint64_t failures_reported = 0, evicted_reported = 0;
-    std::vector<failure_record> failures;  // not reported yet, or needed by a flush that was called before that
-    bool new_record = true;                // the next failure starts a record
+    std::list<failure_record> failures;        // not reported yet, or needed by a flush that was called before that
+    std::list<failure_record> spare;           // never empty while `failures` is: no failure goes unrecorded for want of memory
+    bool new_record = true;  // the next failure starts a record
+    struct graveyard {       // destroyed without the lock: the exceptions in the records are the user's
+        std::list<failure_record> records;
+        failure_record one;
+    };
 
     sink_state(sched_core* c, bool own, background_sink_config cfg, bool gaps_wanted, bool has_barrier)
         : base(c, own, cfg.close_timeout, cfg.queue_capacity, cfg.byte_capacity, cfg.byte_capacity != 0 || cfg.batch_bytes != 0, gaps_wanted),
           config(std::move(cfg)), always_barrier(has_barrier) {
-        failures.reserve(4);
+        spare.emplace_back();
     }
     std::uint64_t pending_locked() const noexcept { return this->count + in_flight; }
 
@@ -6526,53 +6542,58 @@ template <class T> struct sink_state : queue_service<T, close_report> {
         new_record = true;
         if (n->target != nullptr) wake(std::exchange(n->target, nullptr));
     }
-    /// The flush is not waited for any more.
-    void drop_flush_locked(flush_node* n) noexcept {
+    /// The flush is not waited for any more. Records that nobody needs are moved to `dead`.
+    void drop_flush_locked(flush_node* n, graveyard& dead) noexcept {
         if (!n->linked()) return;
         n->unlink();
         if (n->state == flush_node::waiting) --flushes_waiting;
-        forget_failures_locked();
-    }
-    void forget_failures_locked() noexcept {
         std::uint64_t needed = failures_reported;  // by nobody up to here
-        for (flush_node* n = flushes.front(); n != nullptr; n = flushes.after(n)) needed = (std::min)(needed, n->seen_failures);
-        std::size_t n = 0;
-        while (n < failures.size() && failures[n].number <= needed) ++n;
-        failures.erase(failures.begin(), failures.begin() + static_cast<std::ptrdiff_t>(n));
+        for (flush_node* f = flushes.front(); f != nullptr; f = flushes.after(f)) needed = (std::min)(needed, f->seen_failures);
+        while (!failures.empty() && failures.front().number <= needed) {
+            if (!spare.empty()) {
+                dead.records.splice(dead.records.end(), failures, failures.begin());
+            } else {
+                dead.one = std::exchange(failures.front(), failure_record());
+                spare.splice(spare.end(), failures, failures.begin());
+            }
+        }
     }
     /// What a flush has to tell, now that its caller takes it.
-    expected<void, sink_error> hand_over_locked(flush_node* n) noexcept {
-        const auto how = n->state;
+    expected<void, sink_error> hand_over_locked(flush_node* n, graveyard& dead) noexcept {
         expected<void, sink_error> result;
-        if (how == flush_node::closed) result = rtb::unexpected(sink_error(sink_errc::closed));
+        if (n->state == flush_node::closed) result = rtb::unexpected(sink_error(sink_errc::closed));
+        const failure_record* first = nullptr;
+        std::uint64_t lost = 0;
         for (const failure_record& f : failures) {
-            if (f.number <= n->seen_failures || f.number > n->failures) continue;
-            std::uint64_t lost = 0;
-            for (const failure_record& g : failures)
-                if (g.number > n->seen_failures && g.number <= n->failures) lost += g.lost;
-            RTB_DETAIL_TRY { result = rtb::unexpected(sink_error(sink_errc::drain, f.cause, f.message, f.first, lost)); }
-            RTB_DETAIL_CATCH_ALL { result = rtb::unexpected(sink_error(sink_errc::drain, f.cause, {}, f.first, lost)); }  // no memory
-            failures_reported = (std::max)(failures_reported, n->failures);
-            break;
+            if (f.number <= n->seen_failures || f.from > n->failures) continue;
+            if (first == nullptr) first = &f;
+            lost += f.lost;
         }
-        if (result && n->evicted > n->seen_evicted) {
+        if (first != nullptr) {
+            RTB_DETAIL_TRY { result = rtb::unexpected(sink_error(sink_errc::drain, first->cause, first->message, first->first, lost)); }
+            RTB_DETAIL_CATCH_ALL { result = rtb::unexpected(sink_error(sink_errc::drain, first->cause, {}, first->first, lost)); }  // no memory
+            failures_reported = (std::max)(failures_reported, n->failures);
+        } else if (result && n->evicted > n->seen_evicted) {
             result = rtb::unexpected(sink_error(sink_errc::overflow, nullptr, {}, {}, n->evicted - n->seen_evicted));
             evicted_reported = (std::max)(evicted_reported, n->evicted);
         }
-        drop_flush_locked(n);
+        drop_flush_locked(n, dead);
         return result;
     }
     void record_failure_locked(sink_range range, std::uint64_t lost, const drain_error& e) noexcept {
         ++n_failures;
-        if (new_record || failures.empty()) {
+        if ((new_record || failures.empty()) && !spare.empty()) {
+            failures.splice(failures.end(), spare, spare.begin());
+            failure_record& r = failures.back();
+            r.from = n_failures;
+            r.first = range;
+            r.cause = e.cause();
+            new_record = false;
             RTB_DETAIL_TRY {
-                failures.emplace_back();  // never fails for the first four; without memory the one before stands for this one too
-                failures.back().first = range;
-                failures.back().cause = e.cause();
-                new_record = false;
-                failures.back().message = e.what();
+                spare.emplace_back();
+                r.message = e.what();
             }
-            RTB_DETAIL_CATCH_ALL {}
+            RTB_DETAIL_CATCH_ALL {}  // no memory: it has no message, or the next failure joins this record
         }
         failures.back().number = n_failures;
         failures.back().lost += lost;
@@ -6582,8 +6603,9 @@ template <class T> struct sink_state : queue_service<T, close_report> {
             if (n->state == flush_node::waiting) resolve_locked(n, flush_node::closed);
     }
     expected<void, sink_error> flush_blocking(time_point until) {
-        if (this->core->out_of_reach()) return rtb::unexpected(sink_error(sink_errc::closed));
+        if (this->core->out_of_reach() || this->is_closing()) return rtb::unexpected(sink_error(sink_errc::closed));
         flush_node n;
+        graveyard dead;
         bool refused = false;
         const wait_end end = wait_on(
             this->core, until,
@@ -6597,13 +6619,18 @@ template <class T> struct sink_state : queue_service<T, close_report> {
             },
             [&](blocker&) {
                 port::unique_lock l(this->m);
-                if (n.state == flush_node::waiting) drop_flush_locked(&n);
+                if (n.state == flush_node::waiting) drop_flush_locked(&n, dead);
             });
         if (refused) return rtb::unexpected(sink_error(sink_errc::closed));
-        port::unique_lock l(this->m);
-        if (n.linked() && n.state != flush_node::waiting) return hand_over_locked(&n);
-        drop_flush_locked(&n);
-        return rtb::unexpected(sink_error(end == wait_end::would_deadlock ? sink_errc::would_deadlock : sink_errc::timed_out));
+        expected<void, sink_error> result = rtb::unexpected(sink_error(end == wait_end::would_deadlock ? sink_errc::would_deadlock : sink_errc::timed_out));
+        {
+            port::unique_lock l(this->m);
+            if (n.linked() && n.state != flush_node::waiting)
+                result = hand_over_locked(&n, dead);
+            else
+                drop_flush_locked(&n, dead);
+        }
+        return result;
     }
     sink_stats stats() const {
         sink_stats s;
@@ -6664,13 +6691,14 @@ private:
     void leave(expected<void, sink_error>* result) noexcept {
         waiting_ = false;
         bool woken = false;
+        typename sink_state<T>::graveyard dead;
         {
             port::unique_lock l(s_->m);
             woken = flush_node::state != flush_node::waiting;
             if (woken && result != nullptr)
-                *result = s_->hand_over_locked(this);
+                *result = s_->hand_over_locked(this, dead);
             else
-                s_->drop_flush_locked(this);
+                s_->drop_flush_locked(this, dead);
         }
         end_timed_wait(timer_, limit_ != (duration::max)(), woken);
     }
@@ -6687,7 +6715,8 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
     std::optional<Drain> drain;  // loop
     std::vector<T> batch;        // loop
     time_point oldest = never;   // loop: when the oldest message in the queue was first seen
-    std::uint64_t barrier_from = 0;  // loop: first sequence that no successful flush_durable covers
+    std::uint64_t barrier_from = 0;     // loop: first sequence after the last flush_durable ...
+    std::uint64_t written_since = 0;    // ... and how many messages were written since that
 
     sink_service(sched_core* c, bool own, background_sink_config cfg, Drain&& d)
         : sink_state<T>(c, own, std::move(cfg), has_gap, has_barrier), drain(std::move(d)) {
@@ -6784,6 +6813,7 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
         this->in_flight = 0;
         if (end) {
             this->n_written += n;
+            written_since += n;
         } else {
             this->n_failed += n;
             this->record_failure_locked(range, n, *end.error);
@@ -6798,10 +6828,11 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
         port::unique_lock l(this->m);
         const std::uint64_t written = this->next_sequence;
         if (failed != nullptr) {
-            const std::uint64_t from = (std::min)(barrier_from, written);
-            this->record_failure_locked(sink_range{from, written != 0 ? written - 1 : 0}, written - from, *failed);
+            const sink_range range = written_since != 0 ? sink_range{barrier_from, written - 1} : sink_range{};
+            this->record_failure_locked(range, written_since, *failed);
         }
         barrier_from = written;
+        written_since = 0;
         for (flush_node* n = this->flushes.front(); n != nullptr && n->position <= up_to; n = this->flushes.after(n))
             if (n->state == flush_node::waiting) this->resolve_locked(n, flush_node::resolved);
     }
@@ -7231,7 +7262,7 @@ template <class Task> struct periodic_service final : periodic_state {
                     run = true;
                     s->triggered = false;
                     s->lateness = elapsed(deadline_after(s->due, jitter), now);
-                    s->schedule_next_locked(s->due, deadline_after(now, -jitter));
+                    s->schedule_next_locked(s->due, now - jitter);
                 } else if (s->triggered) {
                     run = true;
                     s->triggered = false;
@@ -7802,7 +7833,7 @@ template <class Command> class actor_handle {
         const detail::push_end sent = s_->push_blocking(c, 0, until);
         if (sent != detail::push_end::ok) return rtb::unexpected(actor_error(detail::push_code<actor_errc>(sent)));
         detail::oneshot_state<R>* const reply = detail::oneshot_access::state(rx);
-        const detail::wait_end end = detail::wait_on(
+        const detail::wait_end end = reply->over() ? detail::wait_end::done : detail::wait_on(
             s_->core, until, [reply](detail::blocker& b) { return reply->register_waiter(&b); }, [reply](detail::blocker& b) { reply->unregister(&b); });
         if (end != detail::wait_end::done)
             return rtb::unexpected(actor_error(end == detail::wait_end::timed_out ? actor_errc::timed_out : actor_errc::would_deadlock));

@@ -208,6 +208,16 @@ void two_joiners() {
     MC_REQUIRE(handle.wait());
     joiner.join();
 }
+void joined_before_it_closes() {
+    seen s;
+    auto started = sink_of::spawn(drain{&s}, small(2, 2));
+    thread joiner("joiner", [&] { MC_REQUIRE(started.second.wait()->written == 1); });
+    {
+        sink_of sink = std::move(started.first);
+        MC_REQUIRE(sink.try_push(message(1, &s.alive)));
+    }
+    joiner.join();
+}
 void eviction_against_the_worker() {
     seen s;
     std::uint64_t dropped = 0;
@@ -269,7 +279,7 @@ void tick_against_two_stops() {
 }
 void new_interval_against_sleep() {
     ticks t;
-    auto [worker, handle] = rtb::periodic_worker::spawn(ticking{&t}, seconds(1000), patient());
+    auto [worker, handle] = rtb::periodic_worker::spawn(ticking{&t}, (rtb::duration::max)(), patient());
     MC_REQUIRE(worker.set_interval(milliseconds(1)));
     while (worker.stats().ticks == 0) rtb_port::yield_thread();
 }
@@ -369,6 +379,7 @@ constexpr kernel k_kernels[] = {
     {"sink: flush against the end of its scheduler", flush_against_the_end_of_its_scheduler, 2},
     {"sink: token against the last producer", token_against_the_last_producer, 2},
     {"sink: two joiners", two_joiners, 2},
+    {"sink: joined before it closes", joined_before_it_closes, 2},
     {"sink: eviction against the worker", eviction_against_the_worker, 2},
     {"periodic: trigger against sleep", trigger_against_sleep, 2},
     {"periodic: trigger against stop", trigger_against_stop, 2},
