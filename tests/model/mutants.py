@@ -56,7 +56,7 @@ CONCURRENCY = [
     ("an end that wakes no joiner", "sink: joined before it closes", "void end() noexcept", "end_locked();\n            wake_joiners_locked();", "end_locked();"),
     ("an end that leaves its thread running", "sink: two joiners", "void end() noexcept", "if (own_thread) core->request_stop();", ""),
     ("a push after closing", "sink: push against close", "push_end try_place_locked(", "if (this->closing) return push_end::closed;", ""),
-    ("a push beyond the capacity", "sink: a waiting push against close", "bool fits_locked(", "count < capacity &&", "count < capacity + 1 &&"),
+    ("a push beyond the capacity", "sink: eviction against the worker", "bool fits_locked(", "count < capacity &&", "count < capacity + 1 &&"),
     ("a push that nobody admits", "sink: waiting pushes", "void admit_locked()", "wake(n->target);", ""),
     ("a waiting push that closing forgets", "sink: a waiting push against close", "void refuse_locked() noexcept override", "wake(n->target);", ""),
     ("a flush that nobody answers", "sink: two flushes", "void resolve_locked(", "if (n->target != nullptr) wake(std::exchange(n->target, nullptr));", ""),
@@ -68,7 +68,6 @@ CONCURRENCY = [
     ("a trigger that wakes nobody", "periodic: trigger against sleep", "bool trigger() noexcept {", "signal_locked();", ""),
     ("a trigger that outlives the worker", "periodic: trigger against stop", "bool trigger() noexcept {", "if (closing) return false;", ""),
     ("an interval that wakes nobody", "periodic: a new interval against sleep", "bool set_interval(duration d) noexcept {", "due = deadline_after(core->now(), d);\n        signal_locked();", "due = deadline_after(core->now(), d);"),
-    ("a discarded command that is not counted", "actor: ask against a stop that rejects", "if (s->count == 0) break;", "command.emplace(s->take_locked());", "break;"),
     ("the last handle ends like a cancel", "actor: the last handle against the actor", "void drop_handle()", "if (!this->closing) drained_by_drop = true;", ""),
     ("an actor that makes no room", "actor: waiting sends", "step next(std::optional<C>& command", "if (!this->pushing.empty()) this->admit_locked();", ""),
 ]
