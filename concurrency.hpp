@@ -7532,7 +7532,7 @@ struct actor_stats {
 struct actor_report {
     std::uint64_t handled = 0, failures = 0, restarts = 0, rejected = 0;
     bool gave_up = false;        // ended by a failure: the restarts were used up, or there were none
-    std::exception_ptr cause{};  // that failure; null without exceptions
+    std::exception_ptr cause{};  // that failure, or the one of on_shutdown; null without exceptions
     bool stuck = false;          // a command did not return; nothing else in this report is valid
 };
 
@@ -7540,7 +7540,7 @@ namespace detail {
 template <class C> struct actor_state : queue_service<C, actor_report> {
     using base = queue_service<C, actor_report>;
     const actor_config config;
-    bool drained_by_drop = false;  // m: the last handle went: what was accepted is handled
+    bool no_senders = false;  // m: the last handle went. What was accepted is handled; nothing limits that but a cancel
     port::atomic<std::uint64_t> handled{0}, failures{0}, restarts{0}, rejected{0};  // written by the loop
 
     actor_state(sched_core* c, bool own, actor_config cfg)
@@ -7548,11 +7548,9 @@ template <class C> struct actor_state : queue_service<C, actor_report> {
     void drop_handle() noexcept {
         if (this->core->out_of_reach()) return;
         if (this->producers.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-            {
-                port::unique_lock l(this->m);
-                if (!this->closing) drained_by_drop = true;
-            }
-            this->begin_close();
+            port::unique_lock l(this->m);
+            if (!this->closing) no_senders = true;
+            this->signal_locked();
         }
         this->drop_ref();
     }
@@ -7626,21 +7624,25 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
         actor_report& r = this->report;
         r.handled = s.handled, r.failures = s.failures, r.restarts = s.restarts, r.rejected = s.rejected;
     }
-    /// It closes, and nobody was promised that the queue is handled.
+    bool stops_locked() const noexcept {
+        if (this->count == 0 && (this->closing || this->no_senders)) return true;
+        if (!this->closing) return false;
+        const bool promised = this->config.queued_on_stop == queued_on_stop::run || this->no_senders;
+        return !promised || this->core->now() >= deadline_after(this->close_at, this->grace);
+    }
+    /// During the back-off: it closes, or nobody is left who could send something.
     bool nothing_left() const noexcept {
         port::unique_lock l(this->m);
-        return this->closing && (!this->drained_by_drop || this->count == 0 || this->core->now() >= deadline_after(this->close_at, this->grace));
+        return (this->closing && !this->no_senders) || stops_locked();
     }
     bool may_restart() const noexcept { return Source::restarts && this->config.restart.max_restarts != 0; }
 
     enum class step { command, idle, sleep, stop };
     // What comes next in a life. `command` is filled for step::command.
     step next(std::optional<C>& command, time_point idle_at, time_point& until) noexcept {
-        const actor_config& c = this->config;
         port::unique_lock l(this->m);
         this->signalled = false;
-        const bool reject = this->closing && c.queued_on_stop == queued_on_stop::reject && !this->drained_by_drop;
-        if (this->closing && (reject || this->count == 0 || this->core->now() >= deadline_after(this->close_at, this->grace))) return step::stop;
+        if (stops_locked()) return step::stop;
         if (this->count != 0) {
             command.emplace(this->take_locked());
             if (!this->pushing.empty()) this->admit_locked();
@@ -7670,6 +7672,10 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
         return deadline_after(now, backoff_after(wait, static_cast<std::uint32_t>(recent.size())));
     }
     void complain(const handler_error& e) const noexcept { log_about(log_level::error, "actor", this->config.name, e.what()); }
+    static std::optional<handler_error> cut_is_failure(callback_end<handler_error>& end) {
+        if (end.cut) end.error.emplace("it was still suspended at the end of the grace, and was destroyed");
+        return std::move(end.error);
+    }
 
     static task<void> main(ending e) {
         actor_service* const s = static_cast<actor_service*>(e.get());
@@ -7687,7 +7693,7 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     auto call = [s] { return s->actor->on_start(); };
                     task<callback_end<handler_error>> starting = run_callback<handler_error>(s, call);
                     callback_end<handler_error> end = co_await starting;
-                    failure = std::move(end.error);
+                    failure = cut_is_failure(end);
                 }
             }
             if (failure) {
@@ -7720,6 +7726,7 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     }
                     command.reset();
                     s->count_call(true, !end);
+                    if (end.cut) end.error = cut_is_failure(end);
                 } else if constexpr (has_on_idle) {
                     auto call = [s] { return s->actor->on_idle(); };
                     task<callback_end<handler_error>> idling = run_callback<handler_error>(s, call);
@@ -7740,6 +7747,7 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                 }
             }
             if (stop) {
+                s->begin_close();  // the last handle may have gone without
                 // Only the main task takes from the queue, and nothing comes in any more.
                 for (;;) {
                     {
@@ -7751,8 +7759,11 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     if constexpr (has_on_discard) {
                         auto call = [s, &command] { return s->actor->on_discard(std::move(*command)); };
                         task<callback_end<handler_error>> discarding = run_callback<handler_error>(s, call);
-                        const callback_end<handler_error> end = co_await discarding;
-                        if (end.error) s->complain(*end.error);
+                        callback_end<handler_error> end = co_await discarding;
+                        if (const std::optional<handler_error> failed = cut_is_failure(end)) {
+                            s->count_call(false, true);
+                            s->complain(*failed);
+                        }
                     }
                     command.reset();
                 }
@@ -7761,10 +7772,10 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     auto call = [s] { return s->actor->on_shutdown(); };
                     task<callback_end<handler_error>> ending_it = run_callback<handler_error>(s, call);
                     callback_end<handler_error> end = co_await ending_it;
-                    if (end.error) {
+                    if (const std::optional<handler_error> failed = cut_is_failure(end)) {
                         s->count_call(false, true);
-                        s->complain(*end.error);
-                        s->report.cause = end.error->as_exception();
+                        s->complain(*failed);
+                        s->report.cause = failed->as_exception();
                     }
                 }
                 co_return;
