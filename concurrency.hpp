@@ -8226,6 +8226,464 @@ public:
 // ---------------------------------------------------------------------------------------------------------------------
 // >>process.memory   memory_process_registry
 // ---------------------------------------------------------------------------------------------------------------------
+#include <map>     // the rows, in the order of their ids
+#include <random>  // random_device: tokens and the id of a journal
+
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+namespace detail {
+
+inline std::int64_t unix_ms() noexcept {
+    return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+inline std::uint64_t mix_bits(std::uint64_t x) noexcept {  // splitmix64
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+/// Numbers that no two sources ever share: random_device where there is one (it may throw, or be predictable), the time,
+/// an address and a count.
+class unique_source {
+    std::uint64_t seed_[2] = {};
+    std::uint64_t count_ = 0;
+
+public:
+    unique_source() {
+        static port::atomic<unsigned> sources{0};
+        RTB_DETAIL_TRY {
+            std::random_device device;
+            for (std::uint64_t& s : seed_) s = (static_cast<std::uint64_t>(device()) << 32) | device();
+        }
+        RTB_DETAIL_CATCH_ALL {}
+        seed_[0] ^= mix_bits(static_cast<std::uint64_t>(clock::now().time_since_epoch().count()));
+        seed_[1] ^= mix_bits(static_cast<std::uint64_t>(unix_ms())) ^ mix_bits(reinterpret_cast<std::uintptr_t>(this) + sources.fetch_add(1));
+    }
+    void next(std::uint64_t (&out)[2]) noexcept {
+        ++count_;
+        out[0] = mix_bits(seed_[0] ^ mix_bits(seed_[1])) + count_;  // distinct for 2^64 calls, whatever the seed
+        out[1] = mix_bits(seed_[1] + mix_bits(count_));
+    }
+    std::string token() {
+        std::uint64_t v[2];
+        next(v);
+        std::string text(32, '0');
+        for (std::size_t i = 0; i < 32; ++i) text[i] = "0123456789abcdef"[(v[i / 16] >> (60 - 4 * (i % 16))) & 15];
+        return text;
+    }
+};
+
+inline constexpr std::uint64_t last_number = 0x7fffffffffffffffu;  // of fences and journal records: SQL has no unsigned numbers
+inline constexpr std::size_t max_process_name = 1024;              // ids, kinds, owners
+inline constexpr std::size_t max_process_reason = 16 * 1024;
+
+/// A row as it is kept. kind and input are shared: a new version of a row costs no copy of them.
+struct process_row {
+    std::shared_ptr<const process_registration> what;  // null: the row is removed
+    process_status status = process_status::running;
+    process_abandoner abandoned_by = process_abandoner::nobody;
+    bool holder_dead = false;
+    bool expiry_set = false;  // in a process_step: it decides about `expires`, not a renewal that came in between
+    std::uint32_t attempts = 0;
+    std::uint64_t fence = 0;
+    std::uint64_t started_fence = 0;  // of the last lease that recorded a start
+    std::optional<process_start> first_started;
+    std::optional<process_request> abandon_request, cancel_request;
+    process_owner holder;
+    std::string token;  // of the lease; empty: none
+    time_point expires{}, ready_at{}, ended_at{};
+    std::int64_t ready_ms = 0;  // ready_at as wall time, for the journal; 0: at once
+    std::int64_t created_ms = 0, updated_ms = 0;
+    std::string output;
+    std::string ended_token;  // of the lease that wrote the end; empty: without a lease
+    std::size_t bytes = 0;    // in a journal
+
+    bool terminal() const noexcept { return status != process_status::running; }
+    bool leased(time_point now) const noexcept { return !token.empty() && now < expires; }
+    process_lease lease(const std::string& id) const {
+        process_lease l;
+        l.process_id = id;
+        l.owner = holder;
+        l.token = token;
+        l.fence = fence;
+        l.expires = expires;
+        l.cancel_requested = cancel_request.has_value();
+        return l;
+    }
+    process_record record(const std::string& id, time_point now) const {
+        process_record r;
+        r.id = id;
+        r.kind = what->kind;
+        r.input = what->input;
+        r.disposition = what->disposition;
+        r.status = status;
+        r.output = output;
+        r.abandoned_by = abandoned_by;
+        r.attempts = attempts;
+        r.max_attempts = what->max_attempts;
+        r.first_started = first_started;
+        r.abandon_request = abandon_request;
+        r.cancel_request = cancel_request;
+        r.fence = fence;
+        r.leased = leased(now);
+        r.holder_dead = holder_dead;
+        r.ready_in = terminal() ? duration::zero() : elapsed(now, ready_at);
+        r.created_ms = created_ms;
+        r.updated_ms = updated_ms;
+        return r;
+    }
+    bool ended_as(const process_outcome& o) const noexcept { return status == o.status() && abandoned_by == o.abandoned_by() && output == o.text(); }
+};
+
+struct process_table {
+    using rows = std::map<std::string, process_row, std::less<>>;
+    rows live, ended;
+    std::uint64_t floor = 0;  // the highest fence of a removed row: a new row goes on from here, so that no id has a fence twice
+
+    const process_row* find(std::string_view id) const {
+        if (const auto i = live.find(id); i != live.end()) return &i->second;
+        const auto i = ended.find(id);
+        return i != ended.end() ? &i->second : nullptr;
+    }
+};
+
+enum class process_change : unsigned char { none = 0, added = 1, changed, removed, floor, closed };  // 1...: in journals
+/// Learns each change in the order in which they happen, before the step goes on. May throw: the change is not made then.
+class process_change_sink {
+public:
+    virtual void change(process_change, const std::string& id, process_row&) = 0;
+
+protected:
+    ~process_change_sink() = default;
+};
+
+/// Transitions on top of a table. Each checks everything first and then makes one change, which is seen by the next one
+/// of the same step, and by others after commit(). A step that is dropped did nothing.
+class process_step {
+    using error = unexpected<process_error>;
+    template <class T> using result = expected<T, process_error>;
+    const process_table& table_;
+    unique_source& unique_;
+    process_change_sink* sink_;
+    std::size_t max_text_;
+    process_table::rows changed_;
+    std::uint64_t floor_;
+
+public:
+    const time_point now;
+    const std::int64_t wall;
+
+    process_step(const process_table& t, unique_source& u, time_point at, std::int64_t ms, std::size_t max_text, process_change_sink* sink = nullptr)
+        : table_(t), unique_(u), sink_(sink), max_text_(max_text), floor_(t.floor), now(at), wall(ms) {}
+
+    bool empty() const noexcept { return changed_.empty(); }
+    void commit(process_table& to) noexcept {
+        while (!changed_.empty()) {
+            process_table::rows::node_type n = changed_.extract(changed_.begin());
+            process_row& r = n.mapped();
+            for (process_table::rows* rows : {&to.live, &to.ended}) {
+                const auto old = rows->find(n.key());
+                if (old == rows->end()) continue;
+                if (!r.expiry_set && old->second.token == r.token) r.expires = old->second.expires;  // renewed meanwhile
+                rows->erase(old);
+            }
+            r.expiry_set = false;
+            if (r.what != nullptr) (r.terminal() ? to.ended : to.live).insert(std::move(n));
+        }
+        to.floor = floor_;
+    }
+
+    result<process_record> add(process_registration r) {
+        if (!name_ok(r.id) || r.kind.size() > max_process_name || r.input.size() > max_text_ || r.disposition < process_disposition::rerunnable ||
+            r.disposition > process_disposition::externally_owned || r.max_attempts == 0)
+            return error(process_errc::invalid);
+        if (const process_row* old = find(r.id)) {
+            const process_registration& was = *old->what;
+            if (was.kind != r.kind || was.input != r.input || was.disposition != r.disposition || was.max_attempts != r.max_attempts)
+                return error(process_errc::conflict);
+            return old->record(r.id, now);
+        }
+        process_row row;
+        row.fence = floor_;
+        row.created_ms = wall;
+        const std::string id = r.id;
+        row.what = std::make_shared<const process_registration>(std::move(r));
+        return put(process_change::added, id, std::move(row));
+    }
+    result<std::optional<process_record>> get(const std::string& id) const {
+        const process_row* r = find(id);
+        return r == nullptr ? std::nullopt : std::optional<process_record>(r->record(id, now));
+    }
+    result<std::optional<process_lease>> lease_of(const std::string& id) const {
+        const process_row* r = find(id);
+        if (r == nullptr) return error(process_errc::not_found);
+        return r->token.empty() ? std::nullopt : std::optional<process_lease>(r->lease(id));
+    }
+    /// The rows of the table, not those of the step.
+    result<std::vector<process_record>> list(const process_page& p) const {
+        if (p.limit == 0) return error(process_errc::invalid);
+        std::vector<process_record> page;
+        for (auto i = table_.live.upper_bound(p.after); i != table_.live.end() && page.size() < p.limit; ++i) page.push_back(i->second.record(i->first, now));
+        return page;
+    }
+    result<claim_result> claim(const std::string& id, const process_owner& owner, duration ttl) { return claim(id, owner, ttl, nullptr); }
+    result<claim_result> reclaim(const std::string& id, const process_owner& owner, const process_lease& observed, duration ttl) {
+        return claim(id, owner, ttl, &observed);
+    }
+    result<process_lease> renew(const process_lease& l, duration ttl) {
+        if (ttl <= duration::zero()) return error(process_errc::invalid);
+        const process_row* r = find(l.process_id);
+        if (const process_errc e = check(r, l); e != process_errc{}) return error(e);
+        extend(l.process_id, process_row(*r), ttl);
+        return find(l.process_id)->lease(l.process_id);
+    }
+    result<void> release(const process_lease& l, bool refund, duration delay) {
+        const process_row* r = find(l.process_id);
+        if (r == nullptr || !current(*r, l)) return {};
+        process_row next(*r);
+        clear_lease(next);
+        if (refund && next.started_fence == next.fence && next.attempts > 0) {
+            next.started_fence = 0;
+            if (--next.attempts == 0 && next.what->disposition == process_disposition::rerunnable) next.first_started.reset();
+        }
+        if (delay > duration::zero()) {
+            next.ready_at = deadline_after(now, delay);
+            const std::int64_t ms = std::chrono::duration_cast<std::chrono::milliseconds>(delay).count();
+            next.ready_ms = ms < (std::numeric_limits<std::int64_t>::max)() - (std::max)(wall, std::int64_t{0}) ? wall + ms : (std::numeric_limits<std::int64_t>::max)();
+        }
+        put(process_change::changed, l.process_id, std::move(next));
+        return {};
+    }
+    result<process_record> start(const process_lease& l) {
+        const process_row* r = find(l.process_id);
+        if (const process_errc e = check(r, l); e != process_errc{}) return error(e);
+        if (r->started_fence == r->fence) return r->record(l.process_id, now);
+        const process_registration& what = *r->what;
+        if (what.disposition == process_disposition::externally_owned || (what.disposition == process_disposition::owner_bound && r->first_started))
+            return error(process_errc::conflict);
+        if (r->attempts >= what.max_attempts) return error(process_errc::exhausted);
+        process_row next(*r);
+        ++next.attempts;
+        next.started_fence = next.fence;
+        next.holder_dead = false;
+        if (!next.first_started) next.first_started.emplace(next.holder, wall);
+        return put(process_change::changed, l.process_id, std::move(next));
+    }
+    result<process_record> complete(const process_lease& l, process_outcome o) {
+        if (!outcome_ok(o)) return error(process_errc::invalid);
+        const process_row* r = find(l.process_id);
+        if (r != nullptr && r->terminal() && r->fence == l.fence && r->ended_token == l.token && !l.token.empty() && r->ended_as(o))
+            return r->record(l.process_id, now);
+        if (const process_errc e = check(r, l); e != process_errc{}) return error(e);
+        if (r->what->disposition == process_disposition::externally_owned && o.status() != process_status::abandoned) return error(process_errc::conflict);
+        return end(l.process_id, process_row(*r), std::move(o), true);
+    }
+    result<process_record> complete(const std::string& id, process_outcome o, process_authority by) {
+        const bool reconciled = by == process_authority::reconciled_abandon;
+        if (!outcome_ok(o) || (reconciled ? o.status() != process_status::abandoned : by != process_authority::external_owner))
+            return error(process_errc::invalid);
+        const process_row* r = find(id);
+        if (r == nullptr) return error(process_errc::not_found);
+        if (r->terminal() && r->ended_token.empty() && r->ended_as(o)) return r->record(id, now);
+        if (r->terminal()) return error(process_errc::terminal);
+        if (reconciled ? !r->abandon_request || r->leased(now) : r->what->disposition != process_disposition::externally_owned)
+            return error(process_errc::conflict);
+        return end(id, process_row(*r), std::move(o), false);
+    }
+    result<process_record> request(const std::string& id, std::optional<process_request> process_row::*mark, std::string by, std::string reason) {
+        if (by.size() > max_process_name || reason.size() > max_process_reason) return error(process_errc::invalid);
+        const process_row* r = find(id);
+        if (r == nullptr) return error(process_errc::not_found);
+        if (r->terminal()) return error(process_errc::terminal);
+        if (r->*mark) return r->record(id, now);
+        process_row next(*r);
+        (next.*mark).emplace(std::move(by), std::move(reason), wall);
+        return put(process_change::changed, id, std::move(next));
+    }
+    result<std::size_t> prune(duration older_than, std::size_t limit) {
+        std::size_t n = 0;
+        for (auto i = table_.ended.begin(); i != table_.ended.end() && n < limit; ++i) {
+            if (changed_.count(i->first) != 0 || (now < i->second.ended_at ? duration::zero() : elapsed(i->second.ended_at, now)) < older_than) continue;
+            process_row gone(i->second);
+            gone.output.clear();
+            remove(i->first, std::move(gone));
+            ++n;
+        }
+        return n;
+    }
+
+    // ---- for the replay of a journal ----
+    const process_row* find(std::string_view id) const {
+        const auto i = changed_.find(id);
+        if (i == changed_.end()) return table_.find(id);
+        return i->second.what != nullptr ? &i->second : nullptr;
+    }
+
+private:
+    static bool name_ok(const std::string& s) noexcept { return !s.empty() && s.size() <= max_process_name; }
+    bool outcome_ok(const process_outcome& o) const noexcept {
+        return o.text().size() <= max_text_ && o.status() != process_status::running &&
+               (o.status() == process_status::abandoned) == (o.abandoned_by() != process_abandoner::nobody);
+    }
+    static bool current(const process_row& r, const process_lease& l) noexcept {
+        return !r.token.empty() && r.token == l.token && r.fence == l.fence && r.holder == l.owner;
+    }
+    process_errc check(const process_row* r, const process_lease& l) const noexcept {
+        if (r == nullptr) return process_errc::not_found;
+        if (r->terminal()) return process_errc::terminal;
+        return current(*r, l) && r->leased(now) ? process_errc{} : process_errc::superseded;
+    }
+    static void clear_lease(process_row& r) noexcept {
+        r.token.clear();
+        r.holder = process_owner();
+        r.expires = time_point{};
+        r.expiry_set = true;
+    }
+    void extend(const std::string& id, process_row next, duration ttl) {
+        next.expires = deadline_after(now, ttl);
+        next.expiry_set = true;
+        changed_.insert_or_assign(id, std::move(next));
+    }
+    process_record put(process_change c, const std::string& id, process_row next) {
+        next.updated_ms = wall;
+        process_record record = next.record(id, now);
+        const auto [i, added] = changed_.try_emplace(id);
+        RTB_DETAIL_TRY {
+            if (sink_ != nullptr) sink_->change(c, id, next);
+        }
+        RTB_DETAIL_CATCH_ALL {
+            if (added) changed_.erase(i);
+            RTB_DETAIL_RETHROW;
+        }
+        i->second = std::move(next);
+        return record;
+    }
+    void remove(const std::string& id, process_row gone) {
+        const std::uint64_t fence = gone.fence;
+        put(process_change::removed, id, std::move(gone));
+        changed_.find(id)->second.what.reset();
+        floor_ = (std::max)(floor_, fence);
+    }
+    result<claim_result> claim(const std::string& id, const process_owner& owner, duration ttl, const process_lease* observed) {
+        if (ttl <= duration::zero() || !name_ok(owner.id) || owner.incarnation.size() > max_process_name || owner.boot.size() > max_process_name)
+            return error(process_errc::invalid);
+        const process_row* r = find(id);
+        if (r == nullptr) return error(process_errc::not_found);
+        if (r->terminal()) return claim_result(claim_result::kind::terminal, r->record(id, now));
+        const bool takes = observed != nullptr && observed->process_id == id && current(*r, *observed);
+        if (r->leased(now) && !takes) {
+            if (!(r->holder == owner)) return claim_result(claim_result::kind::busy, r->record(id, now), r->lease(id));
+            extend(id, process_row(*r), ttl);
+            r = find(id);
+            return claim_result(claim_result::kind::acquired, r->record(id, now), r->lease(id));
+        }
+        if (r->what->disposition == process_disposition::externally_owned && !r->abandon_request) return error(process_errc::conflict);
+        if (!takes && now < r->ready_at) return claim_result(claim_result::kind::deferred, r->record(id, now));
+        if (r->fence >= last_number) return error(process_errc::exhausted);
+        process_row next(*r);
+        if (takes && next.first_started && next.started_fence == next.fence) next.holder_dead = true;
+        ++next.fence;
+        next.holder = owner;
+        next.token = unique_.token();
+        next.expires = deadline_after(now, ttl);
+        next.expiry_set = true;
+        next.ready_at = time_point{};
+        next.ready_ms = 0;
+        process_lease lease = next.lease(id);
+        process_record record = put(process_change::changed, id, std::move(next));
+        return claim_result(claim_result::kind::acquired, std::move(record), std::move(lease));
+    }
+    process_record end(const std::string& id, process_row next, process_outcome o, bool by_lease) {
+        next.status = o.status();
+        next.abandoned_by = o.abandoned_by();
+        next.output = o.text();
+        next.ended_at = now;
+        next.ended_token = by_lease ? next.token : std::string();
+        clear_lease(next);
+        return put(process_change::changed, id, std::move(next));
+    }
+};
+
+/// The clock of a store: virtual if it has a manual clock, wall time included, so that tests are deterministic.
+struct process_time {
+    manual_clock* manual = nullptr;
+    time_point now() const noexcept { return manual != nullptr ? manual->now() : clock::now(); }
+    std::int64_t wall() const noexcept {
+        return manual != nullptr ? std::chrono::duration_cast<std::chrono::milliseconds>(manual->now().time_since_epoch()).count() : unix_ms();
+    }
+};
+}  // namespace detail
+
+/// Processes in memory, for tests and for work that may be lost with the program. The manual clock, if given, is the
+/// store's clock, and outlives it. Texts are limited to 64 MiB each.
+class memory_process_registry final : public process_registry {
+    static constexpr std::size_t k_max_text = std::size_t{64} * 1024 * 1024;
+    detail::process_time time_;
+    detail::port::mutex m_;
+    detail::process_table table_;    // m_
+    detail::unique_source unique_;  // m_
+
+    // The clock is read while the lock is held: who waited for it must not decide by an old time.
+    template <class F> auto run(F f) {
+        detail::port::unique_lock l(m_);
+        detail::process_step step(table_, unique_, time_.now(), time_.wall(), k_max_text);
+        auto result = f(step);
+        step.commit(table_);
+        return result;
+    }
+    using step_type = detail::process_step;
+
+public:
+    explicit memory_process_registry(manual_clock* time = nullptr) : time_{time} {}
+
+    task<expected<process_record, process_error>> register_process(process_registration r) override {
+        co_return run([&](step_type& s) { return s.add(std::move(r)); });
+    }
+    task<expected<std::optional<process_record>, process_error>> try_get(std::string id) override {
+        co_return run([&](step_type& s) { return s.get(id); });
+    }
+    task<expected<std::vector<process_record>, process_error>> list_non_terminal(process_page page) override {
+        co_return run([&](step_type& s) { return s.list(page); });
+    }
+    task<expected<claim_result, process_error>> claim(std::string id, process_owner owner, duration ttl) override {
+        co_return run([&](step_type& s) { return s.claim(id, owner, ttl); });
+    }
+    task<expected<claim_result, process_error>> reclaim(std::string id, process_owner owner, process_lease observed, duration ttl) override {
+        co_return run([&](step_type& s) { return s.reclaim(id, owner, observed, ttl); });
+    }
+    task<expected<process_lease, process_error>> renew(process_lease lease, duration ttl) override {
+        co_return run([&](step_type& s) { return s.renew(lease, ttl); });
+    }
+    task<expected<std::optional<process_lease>, process_error>> get_lease(std::string id) override {
+        co_return run([&](step_type& s) { return s.lease_of(id); });
+    }
+    task<expected<void, process_error>> release(process_lease lease, bool refund = false, duration delay = {}) override {
+        co_return run([&](step_type& s) { return s.release(lease, refund, delay); });
+    }
+    task<expected<process_record, process_error>> record_first_started(process_lease lease) override {
+        co_return run([&](step_type& s) { return s.start(lease); });
+    }
+    task<expected<process_record, process_error>> complete_with_lease(process_lease lease, process_outcome outcome) override {
+        co_return run([&](step_type& s) { return s.complete(lease, std::move(outcome)); });
+    }
+    task<expected<process_record, process_error>> complete(std::string id, process_outcome outcome, process_authority by) override {
+        co_return run([&](step_type& s) { return s.complete(id, std::move(outcome), by); });
+    }
+    task<expected<process_record, process_error>> request_abandon(std::string id, std::string by, std::string reason) override {
+        co_return run([&](step_type& s) { return s.request(id, &detail::process_row::abandon_request, std::move(by), std::move(reason)); });
+    }
+    task<expected<process_record, process_error>> request_cancel(std::string id, std::string reason) override {
+        co_return run([&](step_type& s) { return s.request(id, &detail::process_row::cancel_request, std::string(), std::move(reason)); });
+    }
+    task<expected<std::size_t, process_error>> prune(duration older_than = {},
+                                                     std::size_t limit = (std::numeric_limits<std::size_t>::max)()) override {
+        co_return run([&](step_type& s) { return s.prune(older_than, limit); });
+    }
+    process_durability durability() const noexcept override { return process_durability::memory; }
+};
+
+}  // inline namespace
+}  // namespace rtb
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>process.journal   the journal file: format, file access, journal_process_registry
