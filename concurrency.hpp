@@ -8296,7 +8296,7 @@ struct process_row {
     std::int64_t created_ms = 0, updated_ms = 0;
     std::string output;
     std::string ended_token;  // of the lease that wrote the end; empty: without a lease
-    std::size_t bytes = 0;    // in a journal
+    std::size_t added_bytes = 0, changed_bytes = 0;  // of its records in a journal
 
     bool terminal() const noexcept { return status != process_status::running; }
     bool leased(time_point now) const noexcept { return !token.empty() && now < expires; }
@@ -8339,6 +8339,7 @@ struct process_table {
     using rows = std::map<std::string, process_row, std::less<>>;
     rows live, ended;
     std::uint64_t floor = 0;  // the highest fence of a removed row: a new row goes on from here, so that no id has a fence twice
+    std::size_t bytes = 0;    // of what a journal would have to keep
 
     const process_row* find(std::string_view id) const {
         if (const auto i = live.find(id); i != live.end()) return &i->second;
@@ -8385,10 +8386,13 @@ public:
                 const auto old = rows->find(n.key());
                 if (old == rows->end()) continue;
                 if (!r.expiry_set && old->second.token == r.token) r.expires = old->second.expires;  // renewed meanwhile
+                to.bytes -= old->second.added_bytes + old->second.changed_bytes;
                 rows->erase(old);
             }
             r.expiry_set = false;
-            if (r.what != nullptr) (r.terminal() ? to.ended : to.live).insert(std::move(n));
+            if (r.what == nullptr) continue;
+            to.bytes += r.added_bytes + r.changed_bytes;
+            (r.terminal() ? to.ended : to.live).insert(std::move(n));
         }
         to.floor = floor_;
     }
@@ -8512,7 +8516,6 @@ public:
         return n;
     }
 
-    // ---- for the replay of a journal ----
     const process_row* find(std::string_view id) const {
         const auto i = changed_.find(id);
         if (i == changed_.end()) return table_.find(id);
@@ -8688,6 +8691,1449 @@ public:
 // ---------------------------------------------------------------------------------------------------------------------
 // >>process.journal   the journal file: format, file access, journal_process_registry
 // ---------------------------------------------------------------------------------------------------------------------
+#if !defined(RTB_NO_FILESYSTEM)
+#if !defined(_WIN32)
+#include <cerrno>
+#include <fcntl.h>     // open, F_OFD_SETLK
+#include <sys/file.h>  // flock
+#include <sys/stat.h>
+#include <unistd.h>
+#else  // <windows.h> defines too much for a header; these declarations are the same as its own
+struct _OVERLAPPED;
+struct _SECURITY_ATTRIBUTES;
+struct _BY_HANDLE_FILE_INFORMATION;
+extern "C" {
+__declspec(dllimport) void* __stdcall CreateFileW(const wchar_t*, unsigned long, unsigned long, _SECURITY_ATTRIBUTES*, unsigned long, unsigned long, void*);
+__declspec(dllimport) int __stdcall ReadFile(void*, void*, unsigned long, unsigned long*, _OVERLAPPED*);
+__declspec(dllimport) int __stdcall WriteFile(void*, const void*, unsigned long, unsigned long*, _OVERLAPPED*);
+__declspec(dllimport) int __stdcall FlushFileBuffers(void*);
+__declspec(dllimport) unsigned long __stdcall SetFilePointer(void*, long, long*, unsigned long);
+__declspec(dllimport) int __stdcall SetEndOfFile(void*);
+__declspec(dllimport) int __stdcall LockFileEx(void*, unsigned long, unsigned long, unsigned long, unsigned long, _OVERLAPPED*);
+__declspec(dllimport) int __stdcall GetFileInformationByHandle(void*, _BY_HANDLE_FILE_INFORMATION*);
+__declspec(dllimport) int __stdcall MoveFileExW(const wchar_t*, const wchar_t*, unsigned long);
+__declspec(dllimport) int __stdcall DeleteFileW(const wchar_t*);
+__declspec(dllimport) int __stdcall CloseHandle(void*);
+__declspec(dllimport) unsigned long __stdcall GetLastError();
+__declspec(dllimport) void __stdcall SetLastError(unsigned long);
+__declspec(dllimport) int __stdcall MultiByteToWideChar(unsigned, unsigned long, const char*, int, wchar_t*, int);
+}
+#endif
+
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+
+// ---- file access ----
+
+struct journal_file_identity {
+    std::uint64_t device = 0, file = 0, size = 0, links = 1;
+    bool regular = true;
+    bool same_file(const journal_file_identity& o) const noexcept { return device == o.device && file == o.file; }
+};
+enum class journal_open { existing, create_new, open_or_create };
+
+/// An open file of a journal. Counts may be smaller than asked for; std::errc::interrupted means: again.
+class journal_file {
+public:
+    virtual ~journal_file() = default;  // closes it
+    /// 0: the end of the file.
+    virtual expected<std::size_t, std::error_code> read_at(std::uint64_t offset, std::span<std::byte>) = 0;
+    virtual expected<std::size_t, std::error_code> write_at(std::uint64_t offset, std::span<const std::byte>) = 0;
+    /// What was written survives a loss of power, as far as the device keeps its promises.
+    virtual std::error_code sync() = 0;
+    virtual std::error_code truncate(std::uint64_t size) = 0;
+    virtual expected<journal_file_identity, std::error_code> identity() = 0;
+    /// Takes the exclusive lock, held until unlock() or the end of the process; resource_unavailable_try_again: somebody else has it.
+    virtual std::error_code try_lock() = 0;
+    virtual void unlock() noexcept = 0;
+};
+
+/// The file system as a journal sees it. Replace it for other storage, and for tests of failures.
+/// Threads   one call at a time per journal, from any thread.
+class journal_files {
+public:
+    virtual ~journal_files() = default;
+    virtual expected<std::unique_ptr<journal_file>, std::error_code> open(const std::string& path, journal_open) = 0;
+    virtual expected<journal_file_identity, std::error_code> stat(const std::string& path) = 0;
+    /// Replaces `to`. Neither is open.
+    virtual std::error_code rename(const std::string& from, const std::string& to) = 0;
+    virtual std::error_code remove(const std::string& path) = 0;
+    /// Creations, renames and removals in the directory of this file survive a loss of power.
+    virtual std::error_code sync_directory_of(const std::string& path) = 0;
+};
+
+namespace detail {
+#if !defined(_WIN32)
+class native_journal_file final : public journal_file {
+    int fd_;
+    static std::error_code last() noexcept { return std::error_code(errno, std::system_category()); }
+    static bool fits(std::uint64_t offset) noexcept { return offset <= static_cast<std::uint64_t>((std::numeric_limits<off_t>::max)()); }
+    template <class F> static std::error_code repeat(F f) {
+        int r = 0;
+        do r = f();
+        while (r != 0 && errno == EINTR);
+        return r == 0 ? std::error_code() : last();
+    }
+    template <class F> static expected<std::size_t, std::error_code> transfer(std::uint64_t offset, F f) {
+        if (!fits(offset)) return unexpected(std::make_error_code(std::errc::file_too_large));
+        const ssize_t n = f(static_cast<off_t>(offset));
+        if (n < 0) return unexpected(last());
+        return static_cast<std::size_t>(n);
+    }
+
+public:
+    explicit native_journal_file(int fd) noexcept : fd_(fd) {}
+    native_journal_file(const native_journal_file&) = delete;
+    native_journal_file& operator=(const native_journal_file&) = delete;
+    ~native_journal_file() override { ::close(fd_); }
+    static journal_file_identity identity_of(const struct stat& s) noexcept {
+        journal_file_identity i;
+        i.device = static_cast<std::uint64_t>(s.st_dev);
+        i.file = static_cast<std::uint64_t>(s.st_ino);
+        i.size = s.st_size > 0 ? static_cast<std::uint64_t>(s.st_size) : 0;
+        i.links = static_cast<std::uint64_t>(s.st_nlink);
+        i.regular = S_ISREG(s.st_mode);
+        return i;
+    }
+    expected<std::size_t, std::error_code> read_at(std::uint64_t offset, std::span<std::byte> to) override {
+        return transfer(offset, [&](off_t o) { return ::pread(fd_, to.data(), to.size(), o); });
+    }
+    expected<std::size_t, std::error_code> write_at(std::uint64_t offset, std::span<const std::byte> from) override {
+        return transfer(offset, [&](off_t o) { return ::pwrite(fd_, from.data(), from.size(), o); });
+    }
+    std::error_code sync() override {
+#if defined(__APPLE__)
+        if (!repeat([&] { return ::fcntl(fd_, F_FULLFSYNC); })) return {};  // fsync() only reaches the device's cache
+        return repeat([&] { return ::fsync(fd_); });
+#elif defined(__linux__)
+        return repeat([&] { return ::fdatasync(fd_); });
+#else
+        return repeat([&] { return ::fsync(fd_); });
+#endif
+    }
+    std::error_code truncate(std::uint64_t size) override {
+        if (!fits(size)) return std::make_error_code(std::errc::file_too_large);
+        return repeat([&] { return ::ftruncate(fd_, static_cast<off_t>(size)); });
+    }
+    expected<journal_file_identity, std::error_code> identity() override {
+        struct stat s = {};
+        if (::fstat(fd_, &s) != 0) return unexpected(last());
+        return identity_of(s);
+    }
+    // Not the locks of POSIX: those go when any descriptor of the file is closed in this process.
+    std::error_code try_lock() override {
+#if defined(F_OFD_SETLK)
+        struct flock whole = {};
+        whole.l_type = F_WRLCK;
+        whole.l_whence = SEEK_SET;
+        const std::error_code e = repeat([&] { return ::fcntl(fd_, F_OFD_SETLK, &whole); });
+        if (e == std::errc::permission_denied) return std::make_error_code(std::errc::resource_unavailable_try_again);
+        if (e != std::errc::invalid_argument) return e;
+#endif
+        const std::error_code f = repeat([&] { return ::flock(fd_, LOCK_EX | LOCK_NB); });
+        return f == std::errc::operation_would_block ? std::make_error_code(std::errc::resource_unavailable_try_again) : f;
+    }
+    void unlock() noexcept override {  // explicit: a forked child may still have a copy of the descriptor
+#if defined(F_OFD_SETLK)
+        struct flock whole = {};
+        whole.l_type = F_UNLCK;
+        whole.l_whence = SEEK_SET;
+        static_cast<void>(::fcntl(fd_, F_OFD_SETLK, &whole));
+#endif
+        static_cast<void>(::flock(fd_, LOCK_UN));
+    }
+};
+class native_journal_files final : public journal_files {
+    static std::error_code code_of(int result) noexcept { return result == 0 ? std::error_code() : std::error_code(errno, std::system_category()); }
+    static int open_again(const char* path, int flags) noexcept {
+        int fd = -1;
+        do fd = ::open(path, flags | O_CLOEXEC, 0600);
+        while (fd < 0 && errno == EINTR);
+        return fd;
+    }
+
+public:
+    expected<std::unique_ptr<journal_file>, std::error_code> open(const std::string& path, journal_open how) override {
+        // Not blocking: a pipe in the file's place is refused later, and must not stop us here.
+        const int create = how == journal_open::existing ? 0 : how == journal_open::create_new ? O_CREAT | O_EXCL : O_CREAT;
+        const int fd = open_again(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | create);
+        if (fd < 0) return unexpected(code_of(-1));
+        return std::unique_ptr<journal_file>(new native_journal_file(fd));
+    }
+    expected<journal_file_identity, std::error_code> stat(const std::string& path) override {
+        struct stat s = {};
+        if (::lstat(path.c_str(), &s) != 0) return unexpected(code_of(-1));
+        return native_journal_file::identity_of(s);
+    }
+    std::error_code rename(const std::string& from, const std::string& to) override { return code_of(std::rename(from.c_str(), to.c_str())); }
+    std::error_code remove(const std::string& path) override { return code_of(::unlink(path.c_str())); }
+    std::error_code sync_directory_of(const std::string& path) override {
+        const std::size_t slash = path.rfind('/');
+        const std::string directory = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+        const int fd = open_again(directory.c_str(), O_RDONLY | O_DIRECTORY);
+        if (fd < 0) return code_of(-1);
+        std::error_code e;
+        do e = code_of(::fsync(fd));
+        while (e == std::errc::interrupted);
+        ::close(fd);
+        if (e == std::errc::invalid_argument) e.clear();  // this file system knows no such thing
+        return e;
+    }
+};
+#else
+class native_journal_file final : public journal_file {
+    void* handle_;
+    struct overlapped {  // OVERLAPPED
+        std::uintptr_t internal = 0, internal_high = 0;
+        unsigned long offset = 0, offset_high = 0;
+        void* event = nullptr;
+        explicit overlapped(std::uint64_t at) noexcept
+            : offset(static_cast<unsigned long>(at & 0xffffffffu)), offset_high(static_cast<unsigned long>(at >> 32)) {}
+    };
+    struct information {  // BY_HANDLE_FILE_INFORMATION
+        unsigned long attributes, times[6], volume, size_high, size_low, links, index_high, index_low;
+    };
+
+public:
+    static std::error_code last() noexcept {
+        const unsigned long e = GetLastError();
+        if (e == 33 || e == 32 || e == 997) return std::make_error_code(std::errc::resource_unavailable_try_again);  // lock or sharing violation
+        if (e == 112 || e == 39) return std::make_error_code(std::errc::no_space_on_device);                         // disk full
+        if (e == 2 || e == 3) return std::make_error_code(std::errc::no_such_file_or_directory);
+        return std::error_code(static_cast<int>(e), std::system_category());
+    }
+    explicit native_journal_file(void* handle) noexcept : handle_(handle) {}
+    native_journal_file(const native_journal_file&) = delete;
+    native_journal_file& operator=(const native_journal_file&) = delete;
+    ~native_journal_file() override { CloseHandle(handle_); }
+    expected<std::size_t, std::error_code> read_at(std::uint64_t offset, std::span<std::byte> to) override {
+        overlapped at(offset);
+        unsigned long n = 0;
+        const unsigned long want = static_cast<unsigned long>((std::min)(to.size(), std::size_t{1} << 24));
+        if (ReadFile(handle_, to.data(), want, &n, reinterpret_cast<_OVERLAPPED*>(&at)) == 0) {
+            if (GetLastError() == 38) return std::size_t{0};  // end of file
+            return unexpected(last());
+        }
+        return static_cast<std::size_t>(n);
+    }
+    expected<std::size_t, std::error_code> write_at(std::uint64_t offset, std::span<const std::byte> from) override {
+        overlapped at(offset);
+        unsigned long n = 0;
+        const unsigned long want = static_cast<unsigned long>((std::min)(from.size(), std::size_t{1} << 24));
+        if (WriteFile(handle_, from.data(), want, &n, reinterpret_cast<_OVERLAPPED*>(&at)) == 0) return unexpected(last());
+        return static_cast<std::size_t>(n);
+    }
+    std::error_code sync() override { return FlushFileBuffers(handle_) != 0 ? std::error_code() : last(); }
+    std::error_code truncate(std::uint64_t size) override {
+        long high = static_cast<long>(size >> 32);
+        SetLastError(0);
+        if (SetFilePointer(handle_, static_cast<long>(size & 0xffffffffu), &high, 0) == 0xffffffffu && GetLastError() != 0) return last();
+        return SetEndOfFile(handle_) != 0 ? std::error_code() : last();
+    }
+    expected<journal_file_identity, std::error_code> identity() override {
+        information info = {};
+        if (GetFileInformationByHandle(handle_, reinterpret_cast<_BY_HANDLE_FILE_INFORMATION*>(&info)) == 0) return unexpected(last());
+        journal_file_identity i;
+        i.device = info.volume;
+        i.file = (static_cast<std::uint64_t>(info.index_high) << 32) | info.index_low;
+        i.size = (static_cast<std::uint64_t>(info.size_high) << 32) | info.size_low;
+        i.links = info.links;
+        i.regular = (info.attributes & 0x450u) == 0;  // a directory, a reparse point or a device is not
+        return i;
+    }
+    std::error_code try_lock() override {
+        overlapped at(0);
+        return LockFileEx(handle_, 3, 0, 1, 0, reinterpret_cast<_OVERLAPPED*>(&at)) != 0 ? std::error_code() : last();  // exclusive, at once
+    }
+    void unlock() noexcept override {}  // goes with the handle, which no child inherits
+};
+class native_journal_files final : public journal_files {
+    static expected<std::wstring, std::error_code> wide(const std::string& path) {
+        const int n = path.size() > 32767 ? 0 : MultiByteToWideChar(65001, 8, path.data(), static_cast<int>(path.size()), nullptr, 0);
+        if (n <= 0) return unexpected(std::make_error_code(std::errc::invalid_argument));
+        std::wstring w(static_cast<std::size_t>(n), L'\0');
+        MultiByteToWideChar(65001, 8, path.data(), static_cast<int>(path.size()), w.data(), n);
+        return w;
+    }
+    static expected<void*, std::error_code> create(const std::string& path, unsigned long access, unsigned long share, unsigned long how) {
+        const expected<std::wstring, std::error_code> w = wide(path);
+        if (!w) return unexpected(w.error());
+        void* const handle = CreateFileW(w->c_str(), access, share, nullptr, how, 0x00200080u, nullptr);  // a link itself, not its target
+        if (handle == reinterpret_cast<void*>(~std::uintptr_t{0})) return unexpected(native_journal_file::last());
+        return handle;
+    }
+
+public:
+    expected<std::unique_ptr<journal_file>, std::error_code> open(const std::string& path, journal_open how) override {
+        const unsigned long disposition = how == journal_open::existing ? 3 : how == journal_open::create_new ? 1 : 4;
+        const expected<void*, std::error_code> handle = create(path, 0xc0000000u, how == journal_open::open_or_create ? 3 : 1, disposition);
+        if (!handle) return unexpected(handle.error());
+        return std::unique_ptr<journal_file>(new native_journal_file(*handle));
+    }
+    expected<journal_file_identity, std::error_code> stat(const std::string& path) override {
+        const expected<void*, std::error_code> handle = create(path, 0, 7, 3);
+        if (!handle) return unexpected(handle.error());
+        return native_journal_file(*handle).identity();
+    }
+    std::error_code rename(const std::string& from, const std::string& to) override {
+        const expected<std::wstring, std::error_code> a = wide(from), b = wide(to);
+        if (!a || !b) return std::make_error_code(std::errc::invalid_argument);
+        return MoveFileExW(a->c_str(), b->c_str(), 9) != 0 ? std::error_code() : native_journal_file::last();  // replace, write through
+    }
+    std::error_code remove(const std::string& path) override {
+        const expected<std::wstring, std::error_code> w = wide(path);
+        if (!w) return w.error();
+        return DeleteFileW(w->c_str()) != 0 ? std::error_code() : native_journal_file::last();
+    }
+    std::error_code sync_directory_of(const std::string&) override { return {}; }  // NTFS journals names itself
+};
+#endif
+
+// ---- the format ----
+// A header, then records; all numbers little-endian; records are 8-byte aligned and padded with zeros.
+//   header, 64 bytes   "RTBJRN01" | u32 version | u32 crc | store id[16] | u64 generation | u64 first_lsn | u64 base_lsn | u8 1 | 0...
+//   record, 32 + len   u32 magic ^ salt | u32 len | u64 lsn | u64 durable_lsn | u8 type | u8 flags | u16 0 | u32 crc | payload
+// The crc (CRC-32C) starts from store id and generation, so that no bytes of another file or of an older generation pass.
+// It is not chained: what follows a bad record can still be checked. durable_lsn is the last record whose sync had
+// returned when this one was built. That tells damage from a crash: a record that is missing, although a later one says
+// that it was durable, is damage, and the journal is not opened; a missing one that no later record vouches for was
+// never acknowledged, and the file ends there. base_lsn: the snapshot that a file begins with, durable before it got
+// its name. A crc is no signature: who can write the file can write any content.
+inline constexpr std::size_t journal_header_size = 64, journal_record_size = 32;
+inline constexpr std::size_t journal_slack = 64 * 1024;  // of a payload, beyond its longest text: names, reasons, numbers
+inline constexpr std::uint32_t journal_magic = 0x4a524e31u;
+inline constexpr unsigned char journal_skippable = 1;  // a flag: who does not know the type may go on
+
+struct crc32c_table {
+    std::uint32_t of[256] = {};
+    constexpr crc32c_table() {
+        for (std::uint32_t i = 0; i < 256; ++i) {
+            std::uint32_t c = i;
+            for (int k = 0; k < 8; ++k) c = (c >> 1) ^ ((c & 1) != 0 ? 0x82f63b78u : 0u);
+            of[i] = c;
+        }
+    }
+};
+inline constexpr crc32c_table crc32c_values{};
+inline std::uint32_t crc32c(std::uint32_t from, std::span<const std::byte> bytes) noexcept {
+    std::uint32_t c = ~from;
+    for (const std::byte b : bytes) c = crc32c_values.of[(c ^ static_cast<std::uint32_t>(b)) & 0xffu] ^ (c >> 8);
+    return ~c;
+}
+template <class T> void store_le(std::byte* to, T v) noexcept {
+    for (std::size_t i = 0; i < sizeof(T); ++i) to[i] = static_cast<std::byte>((v >> (8 * i)) & 0xff);
+}
+template <class T> T load_le(const std::byte* from) noexcept {
+    T v = 0;
+    for (std::size_t i = 0; i < sizeof(T); ++i) v = static_cast<T>(v | static_cast<T>(static_cast<T>(from[i]) << (8 * i)));
+    return v;
+}
+
+struct journal_header {
+    std::byte id[16] = {};
+    std::uint64_t generation = 1, first_lsn = 1, base_lsn = 0;
+
+    std::uint32_t salt() const noexcept {
+        std::byte g[8];
+        store_le(g, generation);
+        return crc32c(crc32c(0, id), g);
+    }
+    void write(std::byte (&h)[journal_header_size]) const noexcept {
+        std::memset(h, 0, sizeof h);
+        std::memcpy(h, "RTBJRN01", 8);
+        store_le(h + 8, std::uint32_t{1});
+        std::memcpy(h + 16, id, sizeof id);
+        store_le(h + 32, generation);
+        store_le(h + 40, first_lsn);
+        store_le(h + 48, base_lsn);
+        h[56] = std::byte{1};
+        store_le(h + 12, crc32c(0, h));
+    }
+    /// Null, or what is wrong.
+    const char* read(std::span<const std::byte> from) noexcept {
+        if (from.size() < journal_header_size) return "the file is too short for a journal";
+        if (std::memcmp(from.data(), "RTBJRN01", 8) != 0) return "the file is not a journal";
+        if (load_le<std::uint32_t>(from.data() + 8) != 1) return "the journal is of another version";
+        std::byte h[journal_header_size];
+        std::memcpy(h, from.data(), sizeof h);
+        store_le(h + 12, std::uint32_t{0});
+        if (crc32c(0, h) != load_le<std::uint32_t>(from.data() + 12) || h[56] != std::byte{1}) return "the header is damaged";
+        std::memcpy(id, h + 16, sizeof id);
+        generation = load_le<std::uint64_t>(h + 32);
+        first_lsn = load_le<std::uint64_t>(h + 40);
+        base_lsn = load_le<std::uint64_t>(h + 48);
+        const bool sane = first_lsn != 0 && first_lsn <= last_number && base_lsn <= last_number && base_lsn >= first_lsn - 1 && generation <= last_number;
+        return sane ? nullptr : "the header makes no sense";
+    }
+};
+
+/// Builds records in `out`.
+struct journal_writer {
+    std::vector<std::byte> out;
+    std::uint32_t salt = 0;
+    std::uint64_t next_lsn = 1, durable_lsn = 0;
+
+    template <class T> void number(T v) {
+        const std::size_t at = out.size();
+        out.resize(at + sizeof(T));
+        store_le(out.data() + at, static_cast<std::make_unsigned_t<T>>(v));
+    }
+    void text(const std::string& s) {
+        number(static_cast<std::uint32_t>(s.size()));
+        const std::byte* const p = reinterpret_cast<const std::byte*>(s.data());
+        out.insert(out.end(), p, p + s.size());
+    }
+    void owner(const process_owner& o) {
+        text(o.id), text(o.incarnation), text(o.boot);
+        number(o.pid), number(o.started);
+    }
+    void request(const std::optional<process_request>& r) {
+        if (!r) return;
+        text(r->by), text(r->reason);
+        number(r->at_ms);
+    }
+    void content(process_change c, const std::string& id, const process_row& r, std::uint64_t floor) {
+        if (c == process_change::floor) number(floor);
+        if (c >= process_change::floor) return;
+        text(id);
+        if (c == process_change::added) {
+            text(r.what->kind), text(r.what->input);
+            number(static_cast<std::uint8_t>(r.what->disposition));
+            number(r.what->max_attempts), number(r.fence), number(r.created_ms);
+        }
+        if (c != process_change::changed) return;
+        number(static_cast<std::uint8_t>(r.status)), number(static_cast<std::uint8_t>(r.abandoned_by));
+        const unsigned flags = (r.first_started ? 1u : 0u) | (r.abandon_request ? 2u : 0u) | (r.cancel_request ? 4u : 0u) | (r.holder_dead ? 8u : 0u);
+        number(static_cast<std::uint8_t>(flags));
+        number(r.attempts), number(r.fence), number(r.started_fence), number(r.ready_ms), number(r.updated_ms);
+        owner(r.holder);
+        text(r.token), text(r.ended_token);
+        if (r.first_started) owner(r.first_started->owner), number(r.first_started->at_ms);
+        request(r.abandon_request), request(r.cancel_request);
+        text(r.output);
+    }
+    /// Appends one record; its size. All or nothing.
+    std::size_t add(process_change c, const std::string& id, const process_row& r, std::uint64_t floor = 0) {
+        const std::size_t at = out.size();
+        RTB_DETAIL_TRY {
+            out.resize(at + journal_record_size);
+            content(c, id, r, floor);
+            const std::size_t len = out.size() - at - journal_record_size;
+            out.resize(at + ((journal_record_size + len + 7) & ~std::size_t{7}));
+            std::byte* const h = out.data() + at;
+            store_le(h, journal_magic ^ salt);
+            store_le(h + 4, static_cast<std::uint32_t>(len));
+            store_le(h + 8, next_lsn);
+            store_le(h + 16, durable_lsn);
+            h[24] = static_cast<std::byte>(c);
+            h[25] = h[26] = h[27] = std::byte{0};
+            store_le(h + 28, crc32c(crc32c(salt, std::span(h, 28)), std::span(h + journal_record_size, len)));
+            ++next_lsn;
+            return out.size() - at;
+        }
+        RTB_DETAIL_CATCH_ALL {
+            out.resize(at);
+            RTB_DETAIL_RETHROW;
+        }
+        return 0;
+    }
+};
+
+/// Reads a payload; past its end, or against a limit, everything is empty and ok is false.
+struct journal_reader {
+    std::span<const std::byte> in;
+    std::size_t max_text;
+    bool ok = true;
+
+    template <class T> T number() noexcept {
+        if (in.size() < sizeof(T)) {
+            ok = false;
+            in = {};
+            return T{};
+        }
+        const auto v = load_le<std::make_unsigned_t<T>>(in.data());
+        in = in.subspan(sizeof(T));
+        return static_cast<T>(v);
+    }
+    std::string text(std::size_t limit) {
+        const std::uint32_t n = number<std::uint32_t>();
+        if (!ok || n > limit || n > in.size()) {
+            ok = false;
+            return {};
+        }
+        std::string s(reinterpret_cast<const char*>(in.data()), n);
+        in = in.subspan(n);
+        return s;
+    }
+    process_owner owner() {
+        process_owner o(text(max_process_name), text(max_process_name));
+        o.boot = text(max_process_name);
+        o.pid = number<std::uint64_t>();
+        o.started = number<std::uint64_t>();
+        return o;
+    }
+    std::optional<process_request> request() {
+        std::string by = text(max_process_name), reason = text(max_process_reason);
+        return process_request(std::move(by), std::move(reason), number<std::int64_t>());
+    }
+};
+
+struct journal_contents {
+    journal_header header;
+    process_table table;
+    std::uint64_t next_lsn = 1, records = 0;
+    std::size_t end = 0;           // of the good records
+    bool closed = false;           // the last record says so
+    bool torn = false;             // behind the end is what a crash left
+    const char* damage = nullptr;  // what is wrong at the end, if it is not that
+};
+
+class journal_parser {
+    struct record {
+        std::uint64_t lsn, durable;
+        unsigned char type, flags;
+        std::span<const std::byte> payload;
+        std::size_t size;  // padded
+    };
+    std::span<const std::byte> in_;
+    std::size_t max_text_;
+    std::uint32_t salt_ = 0;
+    std::uint64_t budget_ = 0;  // bytes that may still be summed; a search in a hostile file would take for ever
+    journal_contents to_;
+
+    std::optional<record> at(std::size_t offset) {
+        const std::span<const std::byte> rest = in_.subspan(offset);
+        if (rest.size() < journal_record_size || load_le<std::uint32_t>(rest.data()) != (journal_magic ^ salt_)) return std::nullopt;
+        const std::size_t len = load_le<std::uint32_t>(rest.data() + 4);
+        if (len > rest.size() - journal_record_size || len > max_text_ + journal_slack) return std::nullopt;
+        const std::size_t padding = (8 - len % 8) % 8;
+        if (padding > rest.size() - journal_record_size - len) return std::nullopt;
+        budget_ -= (std::min)(budget_, static_cast<std::uint64_t>(len + journal_record_size));
+        const std::span<const std::byte> payload = rest.subspan(journal_record_size, len);
+        if (crc32c(crc32c(salt_, rest.first(28)), payload) != load_le<std::uint32_t>(rest.data() + 28)) return std::nullopt;
+        record r{load_le<std::uint64_t>(rest.data() + 8), load_le<std::uint64_t>(rest.data() + 16), static_cast<unsigned char>(rest[24]),
+                 static_cast<unsigned char>(rest[25]), payload, journal_record_size + len + padding};
+        if (r.lsn == 0 || r.lsn > last_number || r.durable >= r.lsn) return std::nullopt;
+        return r;
+    }
+    bool apply(const record& r) {
+        const process_change c = static_cast<process_change>(r.type);
+        journal_reader p{r.payload, max_text_};
+        to_.closed = c == process_change::closed;
+        if (c < process_change::added || c > process_change::closed) return (r.flags & journal_skippable) != 0;
+        if (to_.closed) return r.payload.empty();
+        if (c == process_change::floor) {
+            const std::uint64_t floor = p.number<std::uint64_t>();
+            to_.table.floor = (std::max)(to_.table.floor, floor);
+            return p.ok && p.in.empty() && floor <= last_number;
+        }
+        const std::string id = p.text(max_process_name);
+        if (!p.ok || id.empty()) return false;
+        process_table::rows& live = to_.table.live;
+        const auto i = live.find(id);
+        if (c == process_change::added) return i == live.end() && to_.table.ended.count(id) == 0 && add(id, p, r.size);
+        if (c == process_change::changed) return i != live.end() && change(i, p, r.size);
+        const auto e = to_.table.ended.find(id);
+        if (e == to_.table.ended.end() || !p.in.empty()) return false;
+        to_.table.floor = (std::max)(to_.table.floor, e->second.fence);
+        to_.table.ended.erase(e);
+        return true;
+    }
+    bool add(const std::string& id, journal_reader& p, std::size_t bytes) {
+        process_registration what;
+        process_row row;
+        what.id = id;
+        what.kind = p.text(max_process_name);
+        what.input = p.text(max_text_);
+        const std::uint8_t disposition = p.number<std::uint8_t>();
+        what.disposition = static_cast<process_disposition>(disposition);
+        what.max_attempts = p.number<std::uint32_t>();
+        row.fence = p.number<std::uint64_t>();
+        row.created_ms = row.updated_ms = p.number<std::int64_t>();
+        if (!p.ok || !p.in.empty() || disposition < 1 || disposition > 3 || what.max_attempts == 0 || row.fence > last_number) return false;
+        row.what = std::make_shared<const process_registration>(std::move(what));
+        row.added_bytes = bytes;
+        to_.table.bytes += bytes;
+        to_.table.live.emplace(id, std::move(row));
+        return true;
+    }
+    bool change(process_table::rows::iterator i, journal_reader& p, std::size_t bytes) {
+        process_row row(i->second);
+        const std::uint8_t status = p.number<std::uint8_t>(), by = p.number<std::uint8_t>(), flags = p.number<std::uint8_t>();
+        row.status = static_cast<process_status>(status);
+        row.abandoned_by = static_cast<process_abandoner>(by);
+        row.holder_dead = (flags & 8) != 0;
+        row.attempts = p.number<std::uint32_t>();
+        const std::uint64_t fence = p.number<std::uint64_t>();
+        if (fence < row.fence || fence > last_number) return false;
+        row.fence = fence;
+        row.started_fence = p.number<std::uint64_t>();
+        row.ready_ms = p.number<std::int64_t>();
+        row.updated_ms = p.number<std::int64_t>();
+        row.holder = p.owner();
+        row.token = p.text(max_process_name);
+        row.ended_token = p.text(max_process_name);
+        row.first_started.reset();
+        if ((flags & 1) != 0) {
+            process_owner starter = p.owner();
+            row.first_started.emplace(std::move(starter), p.number<std::int64_t>());
+        }
+        row.abandon_request = (flags & 2) != 0 ? p.request() : std::nullopt;
+        row.cancel_request = (flags & 4) != 0 ? p.request() : std::nullopt;
+        row.output = p.text(max_text_);
+        if (!p.ok || !p.in.empty() || flags > 15 || status > 4 || by > 4 || row.started_fence > fence || row.attempts > row.what->max_attempts ||
+            (row.status == process_status::abandoned) != (row.abandoned_by != process_abandoner::nobody) || (row.terminal() && !row.token.empty()))
+            return false;
+        to_.table.bytes += bytes - row.changed_bytes;
+        row.changed_bytes = bytes;
+        const bool ended = row.terminal();
+        i->second = std::move(row);
+        if (ended) to_.table.ended.insert(to_.table.live.extract(i));
+        return true;
+    }
+
+public:
+    journal_parser(std::span<const std::byte> in, std::size_t max_text) noexcept : in_(in), max_text_(max_text), budget_(in.size() * std::uint64_t{4} + 65536) {}
+    journal_contents parse() && {
+        to_.damage = to_.header.read(in_);
+        if (to_.damage != nullptr) return std::move(to_);
+        salt_ = to_.header.salt();
+        to_.next_lsn = to_.header.first_lsn;
+        to_.end = journal_header_size;
+        for (;;) {
+            const std::optional<record> r = at(to_.end);
+            if (!r || r->lsn != to_.next_lsn) break;
+            if (!apply(*r)) {
+                to_.damage = "a record is sound, and its content is not";
+                return std::move(to_);
+            }
+            to_.end += r->size;
+            ++to_.next_lsn;
+            ++to_.records;
+        }
+        if (to_.next_lsn <= to_.header.base_lsn) to_.damage = "the snapshot is not complete";
+        const auto is_zero = [](std::byte b) { return b == std::byte{0}; };
+        const std::span<const std::byte> rest = in_.subspan(to_.end);
+        if (to_.damage != nullptr || std::all_of(rest.begin(), rest.end(), is_zero)) return std::move(to_);
+        for (std::size_t q = to_.end; q < in_.size() && to_.damage == nullptr; q += 8) {
+            const std::optional<record> later = at(q);
+            if (later && later->durable >= to_.next_lsn) to_.damage = "a record that was durable is missing";
+            if (budget_ == 0) to_.damage = "the end of the file makes no sense";
+        }
+        to_.torn = to_.damage == nullptr;
+        return std::move(to_);
+    }
+};
+
+/// What is in the bytes of a journal file. A pure function; never reads behind them, nor allocates more than a fixed
+/// multiple of them.
+inline journal_contents parse_journal(std::span<const std::byte> in, std::size_t max_text) { return journal_parser(in, max_text).parse(); }
+}  // namespace detail
+
+// ---- the registry ----
+
+/// When changes reach the disk itself. What each survives: every_commit a loss of power (if the device keeps its promises;
+/// fdatasync, F_FULLFSYNC on macOS, FlushFileBuffers on Windows), all writers that wait share one sync. interval and none: the end of the
+/// program; at a loss of power, interval may lose what was acknowledged after the last sync (made with the first change after
+/// sync_interval, or by maintain()), none more. Starts and ends of processes are synced under interval too.
+enum class journal_sync { every_commit, interval, none };
+/// What open() does with a journal of which acknowledged records are damaged: nothing, or keep what came before the damage
+/// (the whole file is copied aside first).
+enum class journal_salvage { refuse, prefix };
+
+struct journal_options {
+    journal_sync sync = journal_sync::every_commit;
+    duration sync_interval = std::chrono::milliseconds(50);
+    std::size_t max_record = std::size_t{1} << 20;     // bytes of an input or output; up to 64 MiB
+    std::size_t compact_above = std::size_t{1} << 20;  // bytes; maintain() leaves smaller files alone
+    std::uint64_t max_file = std::uint64_t{1} << (sizeof(std::size_t) > 4 ? 30 : 28);  // bytes: larger ones are neither read nor written
+    journal_salvage salvage = journal_salvage::refuse;
+    duration lock_wait{};            // open() waits that long, blocking, for another opener to go
+    manual_clock* time = nullptr;    // the store's clock; outlives the registry
+    journal_files* files = nullptr;  // null: the file system; outlives the registry
+};
+
+/// ok; read_only: the disk was full, the next change tries again; poisoned: a sync failed or the file is not ours any more,
+/// all changes are refused until the journal is opened again; closed.
+enum class journal_state { ok, read_only, poisoned, closed };
+
+struct journal_report {
+    journal_state state = journal_state::ok;
+    std::error_code last_error{};
+    std::uint64_t records = 0;          // replayed by open()
+    std::uint64_t recovered_bytes = 0;  // cut off by open(): what a crash, or damage, left behind the last good record
+    std::string torn_file{};            // where they are, up to 1 MiB of them; after salvage: a copy of the whole file
+    bool closed_cleanly = false;        // before open()
+    std::uint64_t generation = 0, size = 0, compactions = 0, syncs = 0;
+};
+
+namespace detail {
+struct open_journals {  // in this process: where locks are emulated, the system may not see a second opener in the same one
+    struct entry {
+        journal_file_identity file;
+        unsigned forks;
+    };
+    port::mutex m;
+    std::vector<entry> all;  // m
+    static open_journals& get() {
+        static open_journals& those = *new open_journals;  // never destroyed: registries may be static
+        return those;
+    }
+    bool add(const journal_file_identity& f) {
+        port::unique_lock l(m);
+        for (const entry& e : all)
+            if (e.file.same_file(f) && e.forks == port::fork_generation()) return false;
+        all.push_back(entry{f, port::fork_generation()});
+        return true;
+    }
+    void remove(const journal_file_identity& f) noexcept {
+        port::unique_lock l(m);
+        for (std::size_t i = all.size(); i-- > 0;)
+            if (all[i].file.same_file(f)) all.erase(all.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+};
+
+/// A change that waits to be written. Many are written and synced together, by one of those who wait: the leader.
+struct journal_request : link {
+    enum class job : unsigned char { change, compact, close };
+    std::shared_ptr<journal_request> self;  // while the journal has it
+    notify ready;                           // it is done, or may lead
+    job what = job::change;
+    bool durable = false;  // must be synced, whatever the policy
+    bool taken = false, done = false;  // m of the journal
+    std::exception_ptr thrown;
+    virtual ~journal_request() = default;
+    virtual void run(process_step&) = 0;
+    virtual void fail(process_error) = 0;
+};
+template <class R, class F> struct journal_request_of final : journal_request {
+    F f;
+    std::optional<R> result;
+    explicit journal_request_of(F g) : f(std::move(g)) {}
+    void run(process_step& s) override { result.emplace(f(s)); }
+    void fail(process_error e) override { result.emplace(unexpected(std::move(e))); }
+};
+
+class journal_core : process_change_sink {
+    const std::string path_;
+    const journal_options options_;
+    native_journal_files native_;
+    journal_files& files_;
+    const process_time time_;
+    const unsigned forks_ = port::fork_generation();
+
+    port::mutex m_;
+    port::condition_variable led_;  // a leader is done
+    process_table table_;           // m_; only the leader changes rows, except for the expiry of leases
+    unique_source unique_;          // m_
+    list<journal_request> queue_;   // m_
+    bool leading_ = false;          // m_
+    journal_report report_;         // m_
+
+    // The leader's, or open()'s:
+    std::unique_ptr<journal_file> file_, lock_;
+    journal_file_identity lock_identity_;
+    bool registered_ = false;
+    journal_header header_;
+    journal_writer writer_;
+    std::uint64_t size_ = 0;   // of the good records
+    bool unsynced_ = false;    // something is written and not synced
+    bool touching_ = false;    // the file is being changed: if somebody throws now, nobody knows what is in it
+    time_point last_sync_{};
+
+    static process_error io(std::error_code e) { return process_error(process_errc::io, e); }
+    static process_error damaged(const char* what) { return process_error(process_errc::corrupt, std::string(what)); }
+    static bool no_space(std::error_code e) noexcept {
+#if defined(EDQUOT)
+        if (e.value() == EDQUOT && (e.category() == std::system_category() || e.category() == std::generic_category())) return true;
+#endif
+        return e == std::errc::no_space_on_device || e == std::errc::file_too_large;
+    }
+    void change(process_change c, const std::string& id, process_row& r) override {
+        const std::size_t n = writer_.add(c, id, r);
+        if (c == process_change::added) r.added_bytes = n;
+        if (c == process_change::changed) r.changed_bytes = n;
+    }
+
+    // ---- bytes ----
+    static std::error_code write_all(journal_file& f, std::uint64_t offset, std::span<const std::byte> bytes) {
+        while (!bytes.empty()) {
+            const expected<std::size_t, std::error_code> n = f.write_at(offset, bytes);
+            if (!n && n.error() == std::errc::interrupted) continue;
+            if (!n) return n.error();
+            if (*n == 0 || *n > bytes.size()) return std::make_error_code(std::errc::no_space_on_device);
+            offset += *n;
+            bytes = bytes.subspan(*n);
+        }
+        return {};
+    }
+    static std::error_code sync_all(journal_file& f) {
+        std::error_code e;
+        do e = f.sync();
+        while (e == std::errc::interrupted);
+        return e;
+    }
+    static std::error_code read_all(journal_file& f, std::vector<std::byte>& to) {
+        std::size_t have = 0;
+        while (have < to.size()) {
+            const expected<std::size_t, std::error_code> n = f.read_at(have, std::span(to).subspan(have));
+            if (!n && n.error() == std::errc::interrupted) continue;
+            if (!n) return n.error();
+            if (*n == 0 || *n > to.size() - have) break;
+            have += *n;
+        }
+        to.resize(have);
+        return {};
+    }
+    void set_state(journal_state s, std::error_code e) noexcept {
+        port::unique_lock l(m_);
+        report_.state = s;
+        report_.last_error = e;
+    }
+    std::error_code poison(std::error_code e) noexcept {
+        set_state(journal_state::poisoned, e);
+        return e;
+    }
+    // The name must still be that of our file: else what we sync is nothing that a later open would find.
+    std::error_code still_ours() {
+        const expected<journal_file_identity, std::error_code> mine = file_->identity(), named = files_.stat(path_);
+        if (!mine) return mine.error();
+        if (!named) return named.error();
+        return mine->same_file(*named) ? std::error_code() : std::make_error_code(std::errc::no_such_file_or_directory);
+    }
+    std::error_code sync_file() {
+        std::error_code e = sync_all(*file_);
+        if (!e) e = still_ours();
+        if (e) return poison(e);
+        writer_.durable_lsn = writer_.next_lsn - 1;
+        unsynced_ = false;
+        last_sync_ = time_.now();
+        port::unique_lock l(m_);
+        ++report_.syncs;
+        return {};
+    }
+    // After a failed write: the file ends behind the last good record again, or nothing more is written.
+    std::error_code cut() {
+        std::error_code e;
+        do e = file_->truncate(size_);
+        while (e == std::errc::interrupted);
+        if (e) {
+            set_state(journal_state::read_only, e);
+            return e;
+        }
+        e = sync_file();
+        if (!e) set_state(journal_state::ok, {});
+        return e;
+    }
+    // Writes what the writer holds. On failure nothing of it remains, in the file or in the writer.
+    std::error_code write_out(std::uint64_t lsn_before, bool durable) {
+        touching_ = true;
+        std::error_code e = write_all(*file_, size_, writer_.out);
+        if (e) {
+            writer_.out.clear();
+            writer_.next_lsn = lsn_before;
+            set_state(journal_state::read_only, e);
+            if (no_space(e))
+                static_cast<void>(cut());
+            else
+                poison(e);
+            touching_ = false;
+            return e;
+        }
+        unsynced_ = unsynced_ || !writer_.out.empty();
+        const std::uint64_t after = size_ + writer_.out.size();
+        writer_.out.clear();
+        if (durable && unsynced_) e = sync_file();
+        if (!e) size_ = after;
+        touching_ = false;
+        return e;
+    }
+
+    // ---- files ----
+    /// A file with the state of the table under a new generation, in place of the old one.
+    std::error_code write_snapshot() {
+        const std::string tmp = path_ + ".tmp";
+        if (const std::error_code e = files_.remove(tmp); e && e != std::errc::no_such_file_or_directory) return e;
+        expected<std::unique_ptr<journal_file>, std::error_code> made = files_.open(tmp, journal_open::create_new);
+        if (!made) return made.error();
+        std::unique_ptr<journal_file> f = std::move(*made);
+        journal_header h = header_;
+        h.generation = header_.generation + 1;
+        h.first_lsn = writer_.next_lsn;
+        journal_writer w;
+        w.salt = h.salt();
+        w.next_lsn = h.first_lsn;
+        w.durable_lsn = h.first_lsn - 1;
+        w.out.resize(journal_header_size);  // written last, when base_lsn is known
+        std::uint64_t at = 0;
+        std::error_code e;
+        const auto flush = [&](std::size_t above) {
+            if (e || w.out.size() <= above) return;
+            e = write_all(*f, at, w.out);
+            at += w.out.size();
+            w.out.clear();
+        };
+        w.add(process_change::floor, std::string(), process_row(), table_.floor);
+        for (const process_table::rows* rows : {&table_.live, &table_.ended})
+            for (auto i = rows->begin(); i != rows->end() && !e; ++i) {
+                w.add(process_change::added, i->first, i->second);
+                if (i->second.changed_bytes != 0) w.add(process_change::changed, i->first, i->second);
+                flush(std::size_t{1} << 18);
+            }
+        flush(0);
+        h.base_lsn = w.next_lsn - 1;
+        std::byte bytes[journal_header_size];
+        h.write(bytes);
+        if (!e) e = write_all(*f, 0, bytes);
+        if (!e) e = sync_all(*f);
+        expected<journal_file_identity, std::error_code> fresh = unexpected(e);
+        if (!e) {
+            fresh = f->identity();
+            if (!fresh) e = fresh.error();
+        }
+        f.reset();
+        if (e) {
+            static_cast<void>(files_.remove(tmp));
+            return e;
+        }
+        const bool first = file_ == nullptr;
+        expected<journal_file_identity, std::error_code> old = unexpected(std::error_code());
+        if (!first) old = file_->identity();
+        touching_ = true;
+        file_.reset();  // some systems do not replace an open file
+        e = files_.rename(tmp, path_);
+        expected<std::unique_ptr<journal_file>, std::error_code> again = files_.open(path_, journal_open::existing);
+        if (!again) return poison(again.error());
+        file_ = std::move(*again);
+        const expected<journal_file_identity, std::error_code> now = file_->identity();
+        if (!now) return poison(now.error());
+        if (!now->same_file(*fresh)) {  // not renamed: go on with the old one, if this is it
+            static_cast<void>(files_.remove(tmp));
+            if (!e) e = std::make_error_code(std::errc::io_error);
+            touching_ = false;
+            return !first && old && now->same_file(*old) ? e : poison(e);
+        }
+        if (e) return poison(e);
+        // From here on a loss of power may bring back the old name until the directory is synced.
+        do e = files_.sync_directory_of(path_);
+        while (e == std::errc::interrupted);
+        if (e) return poison(e);
+        header_ = h;
+        writer_.salt = w.salt;
+        writer_.next_lsn = w.next_lsn;
+        writer_.durable_lsn = h.base_lsn;
+        size_ = at;
+        unsynced_ = touching_ = false;
+        last_sync_ = time_.now();
+        port::unique_lock l(m_);
+        report_.generation = h.generation;
+        report_.size = size_;
+        if (!first) ++report_.compactions;
+        return {};
+    }
+    std::error_code copy_aside(std::span<const std::byte> bytes, const std::string& to) {
+        if (const std::error_code e = files_.remove(to); e && e != std::errc::no_such_file_or_directory) return e;
+        expected<std::unique_ptr<journal_file>, std::error_code> f = files_.open(to, journal_open::create_new);
+        if (!f) return f.error();
+        std::error_code e = write_all(**f, 0, bytes);
+        if (!e) e = sync_all(**f);
+        if (!e) e = files_.sync_directory_of(to);
+        return e;
+    }
+    static bool acceptable(const expected<journal_file_identity, std::error_code>& i) noexcept { return i && i->regular && i->links == 1; }
+
+    expected<void, process_error> take_lock() {
+        const std::string name = path_ + ".lock";
+        const time_point deadline = deadline_after(clock::now(), options_.lock_wait);
+        port::mutex m;
+        port::condition_variable nobody;
+        for (;;) {
+            expected<std::unique_ptr<journal_file>, std::error_code> f = files_.open(name, journal_open::open_or_create);
+            std::error_code e = f ? (*f)->try_lock() : f.error();
+            if (!e) {
+                const expected<journal_file_identity, std::error_code> mine = (*f)->identity(), named = files_.stat(name);
+                if (!acceptable(mine)) return unexpected(io(mine ? std::make_error_code(std::errc::permission_denied) : mine.error()));
+                if (named && mine->same_file(*named) && open_journals::get().add(*mine)) {
+                    lock_ = std::move(*f);
+                    lock_identity_ = *mine;
+                    registered_ = true;
+                    return {};
+                }
+            } else if (e != std::errc::resource_unavailable_try_again && e != std::errc::interrupted) {
+                return unexpected(io(e));
+            }
+            if (clock::now() >= deadline) return unexpected(process_error(process_errc::locked));
+            port::unique_lock l(m);
+            nobody.wait_until(l, (std::min)(deadline, deadline_after(clock::now(), std::chrono::milliseconds(5))));
+        }
+    }
+    expected<void, process_error> read_file() {
+        const expected<journal_file_identity, std::error_code> i = file_->identity();
+        if (!i) return unexpected(io(i.error()));
+        if (!acceptable(i)) return unexpected(process_error(process_errc::io, std::string("not a regular file with one name")));
+        if (i->size > options_.max_file + options_.max_record + (std::uint64_t{1} << 23) || i->size > (std::numeric_limits<std::size_t>::max)() / 4)
+            return unexpected(process_error(process_errc::exhausted, std::string("the journal is larger than max_file")));
+        std::vector<std::byte> bytes(static_cast<std::size_t>(i->size));
+        if (const std::error_code e = read_all(*file_, bytes)) return unexpected(io(e));
+        journal_contents c = parse_journal(bytes, options_.max_record);
+        const bool broken = c.damage != nullptr;
+        if (broken && (options_.salvage == journal_salvage::refuse || c.end == 0))
+            return unexpected(damaged(c.damage));
+        if (broken || c.torn) {
+            const std::string name = path_ + (broken ? ".salvage-" : ".torn-") + std::to_string(c.header.generation) + "-" + std::to_string(c.end);
+            std::span<const std::byte> aside(bytes);
+            if (!broken) aside = aside.subspan(c.end, (std::min)(bytes.size() - c.end, std::size_t{1} << 20));
+            if (const std::error_code e = copy_aside(aside, name)) return unexpected(io(e));
+            report_.recovered_bytes = bytes.size() - c.end;
+            report_.torn_file = name;
+            log(log_level::warning, "journal: " + std::to_string(bytes.size() - c.end) + " bytes behind the last good record were moved to " + name);
+        }
+        header_ = c.header;
+        writer_.salt = header_.salt();
+        writer_.next_lsn = c.next_lsn;
+        size_ = c.end;
+        table_ = std::move(c.table);
+        if (c.end != bytes.size()) {
+            std::error_code e;
+            do e = file_->truncate(size_);
+            while (e == std::errc::interrupted);
+            if (e) return unexpected(io(e));
+        }
+        // What a program left in the system's cache is not durable yet, nor is the name of a file that it had just made.
+        if (const std::error_code e = sync_file()) return unexpected(io(e));
+        if (const std::error_code e = files_.sync_directory_of(path_)) return unexpected(io(e));
+        report_.records = c.records;
+        report_.closed_cleanly = c.closed;
+        report_.generation = header_.generation;
+        report_.size = size_;
+        if (broken && write_snapshot()) return unexpected(io(report_.last_error));  // the snapshot it began with may be incomplete
+        adopt();
+        return {};
+    }
+    // All leases are void, and whoever held one is gone: the lock proves it.
+    void adopt() {
+        const time_point now = time_.now();
+        const std::int64_t wall = time_.wall();
+        const auto lasting = [](std::int64_t from, std::int64_t to) -> duration {  // saturating
+            if (to <= from) return duration::zero();
+            const std::uint64_t ms = static_cast<std::uint64_t>(to) - static_cast<std::uint64_t>(from);
+            const std::uint64_t most = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>((duration::max)()).count()) / 4;
+            return std::chrono::milliseconds((std::min)(ms, most));
+        };
+        for (auto& [id, row] : table_.live) {
+            row.token.clear();
+            row.holder = process_owner();
+            row.holder_dead = row.first_started.has_value();
+            // A clock that was set back does not make the wait longer than it was.
+            if (row.ready_ms != 0) row.ready_at = deadline_after(now, (std::min)(lasting(wall, row.ready_ms), lasting(row.updated_ms, row.ready_ms)));
+        }
+        for (auto& [id, row] : table_.ended) row.ended_at = now - lasting(row.updated_ms, wall);
+    }
+
+    // ---- the leader ----
+    bool sync_due_locked() noexcept { return unsynced_ && options_.sync == journal_sync::interval && time_.now() >= deadline_after(last_sync_, options_.sync_interval); }
+    bool needs_sync_locked() noexcept {
+        if (options_.sync == journal_sync::every_commit || report_.state != journal_state::ok || sync_due_locked()) return true;
+        for (journal_request* r = queue_.front(); r != nullptr; r = queue_.after(r))
+            if (r->what != journal_request::job::change || (r->durable && options_.sync == journal_sync::interval)) return true;
+        return false;
+    }
+    static void take_locked(journal_request* r, list<journal_request>& batch) noexcept {
+        r->unlink();
+        r->taken = true;
+        batch.push_back(r);
+    }
+    void finish(list<journal_request>& batch, const process_error* error) noexcept {
+        while (journal_request* r = batch.pop_front()) {
+            const std::shared_ptr<journal_request> keep = std::move(r->self);
+            RTB_DETAIL_TRY {
+                if (error != nullptr) r->fail(*error);
+            }
+            RTB_DETAIL_CATCH_ALL { r->thrown = std::current_exception(); }
+            r->done = true;
+            r->ready.notify_one();
+        }
+    }
+    void finish_with(list<journal_request>& batch, std::error_code e, process_errc code = process_errc::io) noexcept {
+        RTB_DETAIL_TRY {
+            const process_error error = e ? process_error(code, e) : process_error(code);
+            port::unique_lock l(m_);
+            finish(batch, e || code != process_errc::io ? &error : nullptr);
+        }
+        RTB_DETAIL_CATCH_ALL {
+            const process_error error(code);
+            port::unique_lock l(m_);
+            finish(batch, &error);
+        }
+    }
+    void close_file() noexcept {
+        RTB_DETAIL_TRY {
+            journal_state s;
+            {
+                port::unique_lock l(m_);
+                s = report_.state;
+            }
+            if (s == journal_state::ok && file_ != nullptr && writer_.next_lsn < last_number) {
+                const std::uint64_t before = writer_.next_lsn;
+                if (!unsynced_ || !sync_file()) {  // first what it vouches for
+                    writer_.add(process_change::closed, std::string(), process_row());
+                    static_cast<void>(write_out(before, true));
+                }
+            }
+        }
+        RTB_DETAIL_CATCH_ALL {}
+        file_.reset();
+        if (lock_ != nullptr) lock_->unlock();
+        lock_.reset();
+        if (std::exchange(registered_, false)) open_journals::get().remove(lock_identity_);
+        port::unique_lock l(m_);
+        report_.state = journal_state::closed;
+    }
+    void serve_changes(list<journal_request>& batch) {
+        constexpr std::size_t most = std::size_t{4} << 20;  // bytes of one write
+        const std::uint64_t before = writer_.next_lsn;
+        bool durable = options_.sync == journal_sync::every_commit;
+        std::optional<process_step> step;
+        {
+            port::unique_lock l(m_);
+            durable = durable || sync_due_locked();
+            const std::uint64_t room = last_number - writer_.next_lsn;
+            step.emplace(table_, unique_, time_.now(), time_.wall(), options_.max_record, static_cast<process_change_sink*>(this));
+            for (journal_request* r = queue_.front(); r != nullptr && r->what == journal_request::job::change && writer_.out.size() < most; r = queue_.front()) {
+                take_locked(r, batch);
+                durable = durable || (r->durable && options_.sync == journal_sync::interval);
+                RTB_DETAIL_TRY {
+                    const std::uint64_t used = writer_.next_lsn - before;
+                    if (room <= used + table_.ended.size() + 2 || size_ + writer_.out.size() > options_.max_file)
+                        r->fail(process_error(process_errc::exhausted));
+                    else
+                        r->run(*step);
+                }
+                RTB_DETAIL_CATCH_ALL { r->thrown = std::current_exception(); }
+            }
+        }
+        const std::error_code e = writer_.out.empty() && !(durable && unsynced_) ? std::error_code() : write_out(before, durable);
+        if (e) return finish_with(batch, e);
+        port::unique_lock l(m_);
+        step->commit(table_);
+        report_.size = size_;
+        finish(batch, nullptr);
+    }
+
+public:
+    journal_core(std::string path, const journal_options& o)
+        : path_(std::move(path)), options_(o), files_(o.files != nullptr ? *o.files : native_), time_{o.time} {}
+    journal_core(const journal_core&) = delete;
+    journal_core& operator=(const journal_core&) = delete;
+    ~journal_core() { release(); }
+
+    bool forked() const noexcept { return forks_ != port::fork_generation(); }
+    const journal_options& options() const noexcept { return options_; }
+
+    expected<void, process_error> open() {
+        if (expected<void, process_error> r = take_lock(); !r) return r;
+        expected<std::unique_ptr<journal_file>, std::error_code> f = files_.open(path_, journal_open::existing);
+        if (f) {
+            file_ = std::move(*f);
+            return read_file();
+        }
+        if (f.error() != std::errc::no_such_file_or_directory) return unexpected(io(f.error()));
+        for (std::size_t i = 0; i < 16; i += 8) {
+            std::uint64_t v[2];
+            unique_.next(v);
+            store_le(header_.id + i, v[0] ^ v[1]);
+        }
+        header_.generation = 0;
+        if (const std::error_code e = write_snapshot()) return unexpected(io(e));
+        return {};
+    }
+    /// After a failed open(): nothing is written.
+    void release() noexcept {
+        if (forked()) return;
+        file_.reset();
+        if (lock_ != nullptr) lock_->unlock();
+        lock_.reset();
+        if (std::exchange(registered_, false)) open_journals::get().remove(lock_identity_);
+    }
+    void close_now() noexcept {
+        {
+            port::unique_lock l(m_);
+            while (leading_) led_.wait(l);
+            leading_ = true;
+        }
+        if (report_.state != journal_state::closed) close_file();
+        release_lead();
+    }
+    journal_report report() {
+        port::unique_lock l(m_);
+        return report_;
+    }
+    template <class F> auto read(F f) -> decltype(f(std::declval<process_step&>())) {
+        if (forked()) return unexpected(process_error(process_errc::closed));
+        port::unique_lock l(m_);
+        if (report_.state == journal_state::closed) return unexpected(process_error(process_errc::closed));
+        process_step step(table_, unique_, time_.now(), time_.wall(), options_.max_record);
+        return f(step);
+    }
+    // Not in the journal: a lease ends with the program anyhow. A change of the row that is being written keeps the expiry.
+    expected<process_lease, process_error> renew(const process_lease& lease, duration ttl) {
+        if (forked()) return unexpected(process_error(process_errc::closed));
+        port::unique_lock l(m_);
+        if (report_.state == journal_state::closed) return unexpected(process_error(process_errc::closed));
+        if (report_.state == journal_state::poisoned) return unexpected(io(report_.last_error));
+        process_step step(table_, unique_, time_.now(), time_.wall(), options_.max_record);
+        expected<process_lease, process_error> r = step.renew(lease, ttl);
+        if (r) table_.live.find(lease.process_id)->second.expires = r->expires;
+        return r;
+    }
+    bool wants_compaction() {
+        port::unique_lock l(m_);
+        return report_.size > options_.compact_above && report_.size / 4 > table_.bytes + journal_header_size;
+    }
+
+    void enqueue(const std::shared_ptr<journal_request>& r) noexcept {
+        port::unique_lock l(m_);
+        r->self = r;
+        queue_.push_back(r.get());
+    }
+    /// Nobody waits for it any more: it is not done, unless it has begun.
+    void withdraw(journal_request* r) noexcept {
+        std::shared_ptr<journal_request> keep;
+        port::unique_lock l(m_);
+        if (r->self != nullptr && !r->taken) {
+            r->unlink();
+            keep = std::move(r->self);
+        }
+        if (!leading_ && !queue_.empty()) queue_.front()->ready.notify_one();  // it may have been this one's turn to lead
+    }
+    enum class turn { done, wait, lead_here, lead_elsewhere };
+    turn next(journal_request& r) noexcept {
+        port::unique_lock l(m_);
+        if (r.done) return turn::done;
+        if (leading_) return turn::wait;
+        leading_ = true;
+        return needs_sync_locked() && report_.state != journal_state::closed ? turn::lead_elsewhere : turn::lead_here;
+    }
+    void release_lead() noexcept {
+        port::unique_lock l(m_);
+        leading_ = false;
+        if (!queue_.empty()) queue_.front()->ready.notify_one();
+        led_.notify_all();
+    }
+    /// The leader's work: the first requests of the queue.
+    void serve() noexcept {
+        list<journal_request> batch;
+        journal_state state;
+        {
+            port::unique_lock l(m_);
+            state = report_.state;
+        }
+        const std::uint64_t before = writer_.next_lsn;
+        RTB_DETAIL_TRY {
+            std::error_code e;
+            if (state == journal_state::read_only) e = cut();  // perhaps there is space again
+            {
+                port::unique_lock l(m_);
+                state = report_.state;
+                if (state != journal_state::ok && !e) e = report_.last_error;
+            }
+            journal_request* first = nullptr;
+            {
+                port::unique_lock l(m_);
+                first = queue_.front();
+                if (first == nullptr) return;
+                if (state != journal_state::ok || first->what != journal_request::job::change) take_locked(first, batch);
+            }
+            if (state == journal_state::closed) return finish_with(batch, {}, process_errc::closed);
+            if (first->what == journal_request::job::close) {
+                close_file();
+                return finish_with(batch, {});
+            }
+            if (state != journal_state::ok) return finish_with(batch, e ? e : std::make_error_code(std::errc::io_error));
+            if (first->what == journal_request::job::compact) return finish_with(batch, write_snapshot());
+            serve_changes(batch);
+        }
+        RTB_DETAIL_CATCH_ALL {
+            writer_.out.clear();
+            if (touching_)
+                poison(std::make_error_code(std::errc::io_error));
+            else
+                writer_.next_lsn = before;
+            finish_with(batch, std::make_error_code(std::errc::not_enough_memory));
+        }
+    }
+};
+
+/// The right and the duty to write what waits; passes on when it goes, served or not.
+class journal_lead {
+    std::shared_ptr<journal_core> core_;
+
+public:
+    explicit journal_lead(std::shared_ptr<journal_core> c) noexcept : core_(std::move(c)) {}
+    journal_lead(journal_lead&&) noexcept = default;
+    journal_lead& operator=(journal_lead&&) = delete;
+    ~journal_lead() {
+        if (core_ != nullptr) core_->release_lead();
+    }
+    static void serve(journal_lead lead) noexcept { lead.core_->serve(); }
+};
+class journal_wait : immovable {
+    journal_core& core_;
+    journal_request& request_;
+
+public:
+    journal_wait(journal_core& c, const std::shared_ptr<journal_request>& r) noexcept : core_(c), request_(*r) { core_.enqueue(r); }
+    ~journal_wait() { core_.withdraw(&request_); }
+};
+}  // namespace detail
+
+/// Processes in one append-only file; the whole state is in memory. One opener at a time: others get `locked`, in this
+/// process or another. Next to the file it keeps path + ".lock" (never removed), ".tmp" while it writes a new one, and
+/// ".torn-..." or ".salvage-..." with what open() had to cut off. Not for network file systems. The path is used as it is:
+/// relative ones follow the working directory.
+///
+/// Errors    io: the change was not made, or (after a failed sync) may be found made after the next open; report() says in which
+///           state the journal is. invalid: a text is longer than max_record.
+/// Restart   open() voids all leases and sets holder_dead in every process that was started: the lock proves that whoever
+///           had the file open is gone.
+/// Cancel    a task that is destroyed while it waits: its change was made or was not, never in part; others are not affected.
+/// Threads   any. Syncs run on run_blocking threads of the scheduler of one of those who wait; inline with a manual clock, or without threads.
+/// Forks     in a forked child everything is `closed`, and nothing is written by its destructor. The child keeps the lock's
+///           descriptor open until it execs or exits.
+/// Cost      a change: a few microseconds and the sync; reading: O(log n). open(): reads the file once. maintain(): writes the live state
+///           anew when the file has grown to four times of it; changes wait meanwhile.
+class journal_process_registry final : public process_registry {
+    std::shared_ptr<detail::journal_core> core_;
+    using step_type = detail::process_step;
+    using job = detail::journal_request::job;
+
+    explicit journal_process_registry(std::shared_ptr<detail::journal_core> c) noexcept : core_(std::move(c)) {}
+
+    template <class R, class F> static task<R> submit(std::shared_ptr<detail::journal_core> core, F f, bool durable, job what = job::change) {
+        using turn = detail::journal_core::turn;
+        if (core->forked()) co_return unexpected(process_error(process_errc::closed));
+        const auto mine = std::make_shared<detail::journal_request_of<R, F>>(std::move(f));
+        mine->durable = durable;
+        mine->what = what;
+        if constexpr (std::is_same_v<R, expected<void, process_error>>)
+            if (what != job::change) mine->result.emplace();
+        const detail::journal_wait waits(*core, mine);
+        for (;;) {
+            const turn t = core->next(*mine);
+            if (t == turn::done) break;
+            if (t == turn::wait) {
+                co_await mine->ready.wait();
+                continue;
+            }
+            detail::journal_lead lead(core);
+            if (t == turn::lead_here)
+                core->serve();
+            else
+                co_await run_blocking(&detail::journal_lead::serve, std::move(lead));
+        }
+#if RTB_DETAIL_EXCEPTIONS
+        if (mine->thrown) std::rethrow_exception(mine->thrown);
+#endif
+        co_return std::move(*mine->result);
+    }
+    template <class R> using answer = task<expected<R, process_error>>;
+    template <class R, class F> answer<R> change(F f, bool durable = false) {
+        return submit<expected<R, process_error>>(core_, std::move(f), durable);
+    }
+
+public:
+    journal_process_registry(const journal_process_registry&) = delete;
+    journal_process_registry& operator=(const journal_process_registry&) = delete;
+    /// As close(), blocking.
+    ~journal_process_registry() override {
+        if (core_->forked())
+            new std::shared_ptr<detail::journal_core>(std::move(core_));  // its locks may be held by threads that are not here
+        else
+            core_->close_now();
+    }
+    /// Opens or creates a journal. Blocks: reading, and as long as lock_wait says.
+    ///
+    /// Errors    locked; corrupt (see journal_salvage); io; exhausted (larger than max_file); invalid.
+    static expected<std::shared_ptr<journal_process_registry>, process_error> open(std::string path, journal_options options = {}) {
+        if (path.empty() || path.find('\0') != std::string::npos || options.max_record == 0 || options.max_record > (std::size_t{64} << 20) ||
+            options.sync_interval < duration::zero())
+            return unexpected(process_error(process_errc::invalid));
+        detail::port::watch_forks();
+        auto core = std::make_shared<detail::journal_core>(std::move(path), options);
+        if (expected<void, process_error> r = core->open(); !r) return unexpected(r.error());
+        return std::shared_ptr<journal_process_registry>(new journal_process_registry(std::move(core)));
+    }
+    /// Everything is `closed` afterwards, and the file can be opened by others. Writes a mark by which the next open()
+    /// knows that nothing is missing at the end.
+    task<expected<void, process_error>> close() {
+        return submit<expected<void, process_error>>(core_, [](step_type&) { return expected<void, process_error>(); }, true, job::close);
+    }
+    journal_report report() const { return core_->report(); }
+
+    answer<process_record> register_process(process_registration r) override {
+        return change<process_record>([r = std::move(r)](step_type& s) mutable { return s.add(std::move(r)); });
+    }
+    answer<std::optional<process_record>> try_get(std::string id) override {
+        co_return core_->read([&](step_type& s) { return s.get(id); });
+    }
+    answer<std::vector<process_record>> list_non_terminal(process_page page) override {
+        co_return core_->read([&](step_type& s) { return s.list(page); });
+    }
+    answer<claim_result> claim(std::string id, process_owner owner, duration ttl) override {
+        return change<claim_result>([id = std::move(id), owner = std::move(owner), ttl](step_type& s) { return s.claim(id, owner, ttl); });
+    }
+    answer<claim_result> reclaim(std::string id, process_owner owner, process_lease observed, duration ttl) override {
+        return change<claim_result>([id = std::move(id), owner = std::move(owner), observed = std::move(observed), ttl](step_type& s) {
+            return s.reclaim(id, owner, observed, ttl);
+        });
+    }
+    answer<process_lease> renew(process_lease lease, duration ttl) override { co_return core_->renew(lease, ttl); }
+    answer<std::optional<process_lease>> get_lease(std::string id) override {
+        co_return core_->read([&](step_type& s) { return s.lease_of(id); });
+    }
+    answer<void> release(process_lease lease, bool refund = false, duration delay = {}) override {
+        return change<void>([lease = std::move(lease), refund, delay](step_type& s) { return s.release(lease, refund, delay); });
+    }
+    answer<process_record> record_first_started(process_lease lease) override {
+        return change<process_record>([lease = std::move(lease)](step_type& s) { return s.start(lease); }, true);
+    }
+    answer<process_record> complete_with_lease(process_lease lease, process_outcome outcome) override {
+        return change<process_record>([lease = std::move(lease), outcome = std::move(outcome)](step_type& s) { return s.complete(lease, outcome); }, true);
+    }
+    answer<process_record> complete(std::string id, process_outcome outcome, process_authority by) override {
+        return change<process_record>([id = std::move(id), outcome = std::move(outcome), by](step_type& s) { return s.complete(id, outcome, by); }, true);
+    }
+    answer<process_record> request_abandon(std::string id, std::string by, std::string reason) override {
+        return change<process_record>([id = std::move(id), by = std::move(by), reason = std::move(reason)](step_type& s) {
+            return s.request(id, &detail::process_row::abandon_request, by, reason);
+        });
+    }
+    answer<process_record> request_cancel(std::string id, std::string reason) override {
+        return change<process_record>([id = std::move(id), reason = std::move(reason)](step_type& s) {
+            return s.request(id, &detail::process_row::cancel_request, std::string(), reason);
+        });
+    }
+    answer<std::size_t> prune(duration older_than = {}, std::size_t limit = (std::numeric_limits<std::size_t>::max)()) override {
+        return change<std::size_t>([older_than, limit](step_type& s) { return s.prune(older_than, limit); });
+    }
+    /// Compacts if it is worth it; under journal_sync::interval, syncs.
+    answer<void> maintain() override {
+        const bool compact = !core_->forked() && core_->wants_compaction();
+        if (!compact && core_->options().sync != journal_sync::interval) return nothing_to_do();
+        return submit<expected<void, process_error>>(core_, [](step_type&) { return expected<void, process_error>(); }, true,
+                                                     compact ? job::compact : job::change);
+    }
+    process_durability durability() const noexcept override {
+        return core_->options().sync == journal_sync::every_commit ? process_durability::power_loss : process_durability::process_crash;
+    }
+
+private:
+    static answer<void> nothing_to_do() { co_return expected<void, process_error>(); }
+};
+
+}  // inline namespace
+}  // namespace rtb
+#endif  // RTB_NO_FILESYSTEM
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>process.runner   durable_process_worker, process_work_runner
