@@ -8453,7 +8453,8 @@ public:
         if (delay > duration::zero()) {
             next.ready_at = deadline_after(now, delay);
             const std::int64_t ms = std::chrono::duration_cast<std::chrono::milliseconds>(delay).count();
-            next.ready_ms = ms < (std::numeric_limits<std::int64_t>::max)() - (std::max)(wall, std::int64_t{0}) ? wall + ms : (std::numeric_limits<std::int64_t>::max)();
+            constexpr std::int64_t last = (std::numeric_limits<std::int64_t>::max)();
+            next.ready_ms = ms < last - (std::max)(wall, std::int64_t{0}) ? wall + ms : last;
         }
         put(process_change::changed, l.process_id, std::move(next));
         return {};
@@ -9293,7 +9294,8 @@ class journal_parser {
     }
 
 public:
-    journal_parser(std::span<const std::byte> in, std::size_t max_text) noexcept : in_(in), max_text_(max_text), budget_(in.size() * std::uint64_t{4} + 65536) {}
+    journal_parser(std::span<const std::byte> in, std::size_t max_text) noexcept
+        : in_(in), max_text_(max_text), budget_(in.size() * std::uint64_t{4} + 65536) {}
     journal_contents parse() && {
         to_.damage = to_.header.read(in_);
         if (to_.damage != nullptr) return std::move(to_);
@@ -9414,7 +9416,7 @@ template <class R, class F> struct journal_request_of final : journal_request {
     void fail(process_error e) override { result.emplace(unexpected(std::move(e))); }
 };
 
-class journal_core : process_change_sink {
+class journal_core final : process_change_sink {
     const std::string path_;
     const journal_options options_;
     native_journal_files native_;
@@ -9731,7 +9733,9 @@ class journal_core : process_change_sink {
     }
 
     // ---- the leader ----
-    bool sync_due_locked() noexcept { return unsynced_ && options_.sync == journal_sync::interval && time_.now() >= deadline_after(last_sync_, options_.sync_interval); }
+    bool sync_due_locked() const noexcept {
+        return unsynced_ && options_.sync == journal_sync::interval && time_.now() >= deadline_after(last_sync_, options_.sync_interval);
+    }
     bool needs_sync_locked() noexcept {
         if (options_.sync == journal_sync::every_commit || report_.state != journal_state::ok || sync_due_locked()) return true;
         for (journal_request* r = queue_.front(); r != nullptr; r = queue_.after(r))
@@ -9799,7 +9803,8 @@ class journal_core : process_change_sink {
             durable = durable || sync_due_locked();
             const std::uint64_t room = last_number - writer_.next_lsn;
             step.emplace(table_, unique_, time_.now(), time_.wall(), options_.max_record, static_cast<process_change_sink*>(this));
-            for (journal_request* r = queue_.front(); r != nullptr && r->what == journal_request::job::change && writer_.out.size() < most; r = queue_.front()) {
+            for (journal_request* r = queue_.front(); r != nullptr; r = queue_.front()) {
+                if (r->what != journal_request::job::change || writer_.out.size() >= most) break;
                 take_locked(r, batch);
                 durable = durable || (r->durable && options_.sync == journal_sync::interval);
                 RTB_DETAIL_TRY {
