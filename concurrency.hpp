@@ -9167,7 +9167,9 @@ struct journal_reader {
         return s;
     }
     process_owner owner() {
-        process_owner o(text(max_process_name), text(max_process_name));
+        process_owner o;
+        o.id = text(max_process_name);
+        o.incarnation = text(max_process_name);
         o.boot = text(max_process_name);
         o.pid = number<std::uint64_t>();
         o.started = number<std::uint64_t>();
@@ -9893,6 +9895,7 @@ public:
     }
     bool wants_compaction() {
         port::unique_lock l(m_);
+        if (report_.state != journal_state::ok) return true;  // to hear the error
         return report_.size > options_.compact_above && report_.size / 4 > table_.bytes + journal_header_size;
     }
 

@@ -81,7 +81,9 @@ private:
             case fault::eio: return {code(std::errc::io_error), false, false};
             case fault::no_space: return {code(std::errc::no_space_on_device), false, false};
             case fault::interrupted: return {code(std::errc::interrupted), false, false};
-            case fault::short_write: return {{}, true, true};
+            case fault::short_write:
+                p.half = log.back() == "write" || log.back() == "read";
+                return p;
         }
         return p;
     }
@@ -117,7 +119,8 @@ private:
             const plan p = d_->enter("write");
             if (p.work) {
                 std::size_t n = p.half ? from.size() / 2 : from.size();
-                const std::uint64_t grows = offset + n > i_->now.size() ? offset + n - i_->now.size() : 0, room = d_->capacity - (std::min)(d_->capacity, d_->used());
+                const std::uint64_t grows = offset + n > i_->now.size() ? offset + n - i_->now.size() : 0;
+                const std::uint64_t room = d_->capacity - (std::min)(d_->capacity, d_->used());
                 if (grows > room) n -= static_cast<std::size_t>((std::min)(grows - room, std::uint64_t{n}));
                 if (n == 0 && !from.empty() && !p.error) return rtb::unexpected(code(std::errc::no_space_on_device));
                 apply(i_->now, offset, from.first(n));
