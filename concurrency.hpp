@@ -10126,7 +10126,7 @@ public:
     }
     /// Compacts if it is worth it; under journal_sync::interval, syncs.
     answer<void> maintain() override {
-        const bool compact = !core_->forked() && core_->wants_compaction();
+        const bool compact = core_->forked() || core_->wants_compaction();
         if (!compact && core_->options().sync != journal_sync::interval) return nothing_to_do();
         return submit<expected<void, process_error>>(core_, [](step_type&) { return expected<void, process_error>(); }, true,
                                                      compact ? job::compact : job::change);

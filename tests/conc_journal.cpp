@@ -120,7 +120,8 @@ TEST_CASE("after a crash at any call of the file system, with any part of what w
             CAPTURE(static_cast<int>(kind));
             check_reopened(d.restarted(sim_disk::loss::all), ref, acknowledged, acknowledged + 1);
             check_reopened(d.restarted(sim_disk::loss::nothing), ref, acknowledged, acknowledged + 1);
-            for (std::uint64_t seed = 0; seed < 4; ++seed) check_reopened(d.restarted(sim_disk::loss::random, at * 8 + seed), ref, acknowledged, acknowledged + 1);
+            for (std::uint64_t seed = 0; seed < 4; ++seed)
+                check_reopened(d.restarted(sim_disk::loss::random, at * 8 + seed), ref, acknowledged, acknowledged + 1);
             cases += 6;
         }
     }
@@ -407,7 +408,8 @@ TEST_CASE("files that nobody wrote in good faith are refused, with an error and 
         detail::store_le(l.data() + 64 + 4, n);
         return parsed(l);
     };
-    for (const std::uint32_t n : {0xffffffffu, 0xfffffff8u, 0x7fffffffu, 0x80000000u, static_cast<std::uint32_t>(b.size()), static_cast<std::uint32_t>(b.size() - 95)}) {
+    const std::uint32_t size = static_cast<std::uint32_t>(b.size());
+    for (const std::uint32_t n : {0xffffffffu, 0xfffffff8u, 0x7fffffffu, 0x80000000u, size, size - 95}) {
         const detail::journal_contents c = length(n);
         CHECK(c.records == 0);
         CHECK((c.damage == nullptr) == c.torn);
@@ -530,8 +532,9 @@ TEST_CASE("a call that fails, once and anywhere, changes nothing that was acknow
                     std::string all;
                     for (const std::string& id : ids) {
                         const auto r = get(s, (*o)->try_get(id));
-                        if (r) all += r->id + std::to_string(static_cast<int>(r->status)) + "/" + std::to_string(r->attempts) + "/" + std::to_string(r->fence) + "/" +
-                                      std::to_string(r->updated_ms) + (r->cancel_request ? "c" : "") + (r->abandon_request ? "a" : "") + (r->leased ? "l" : "") + "\n";
+                        if (!r) continue;
+                        all += r->id + std::to_string(static_cast<int>(r->status)) + "/" + std::to_string(r->attempts) + "/" + std::to_string(r->fence);
+                        all += "/" + std::to_string(r->updated_ms) + (r->cancel_request ? "c" : "") + (r->abandon_request ? "a" : "") + (r->leased ? "l" : "");
                     }
                     return all;
                 };
