@@ -60,8 +60,8 @@ class run_of_bytes {
         journal_ = std::move(*r);
     }
     static std::string text(const process_record& r) {
-        return r.id + "|" + r.kind + "|" + r.input + "|" + std::to_string(static_cast<int>(r.disposition)) + std::to_string(static_cast<int>(r.status)) + "|" + r.output +
-               "|" + std::to_string(static_cast<int>(r.abandoned_by)) + "|" + std::to_string(r.attempts) + "/" + std::to_string(r.max_attempts) + "|" +
+        return r.id + "|" + r.kind + "|" + r.input + "|" + std::to_string(static_cast<int>(r.disposition)) +
+               std::to_string(static_cast<int>(r.status)) + "|" + r.output + "|" + std::to_string(static_cast<int>(r.abandoned_by)) + "|" + std::to_string(r.attempts) + "/" + std::to_string(r.max_attempts) + "|" +
                std::to_string(r.fence) + "|" + std::to_string(r.leased) + "|" + std::to_string(r.ready_in.count()) + "|" + std::to_string(r.created_ms) + "|" +
                std::to_string(r.updated_ms) + (r.first_started ? r.first_started->owner.id : "") + (r.abandon_request ? r.abandon_request->by : "") +
                (r.cancel_request ? r.cancel_request->reason : "");
@@ -200,7 +200,8 @@ private:
             case 10:
             case 11: {
                 const std::string out(1, static_cast<char>('0' + byte() % 2));
-                const process_outcome o = op % 16 == 10 ? process_outcome::completed(out) : process_outcome::abandoned(static_cast<rtb::process_abandoner>(byte() % 5), out);
+                const process_outcome o = op % 16 == 10 ? process_outcome::completed(out)
+                                                        : process_outcome::abandoned(static_cast<rtb::process_abandoner>(byte() % 5), out);
                 const auto a = both([&](rtb::process_registry& g, bool m) { return g.complete_with_lease(lease(m), o); });
                 if (a.first && *a.first) check(**a.first);
                 return;
