@@ -62,7 +62,8 @@ class run_of_bytes {
     static std::string text(const process_record& r) {
         return r.id + "|" + r.kind + "|" + r.input + "|" + std::to_string(static_cast<int>(r.disposition)) +
                std::to_string(static_cast<int>(r.status)) + "|" + r.output + "|" + std::to_string(static_cast<int>(r.abandoned_by)) + "|" + std::to_string(r.attempts) + "/" + std::to_string(r.max_attempts) + "|" +
-               std::to_string(r.fence) + "|" + std::to_string(r.leased) + "|" + std::to_string(r.ready_in.count()) + "|" + std::to_string(r.created_ms) + "|" +
+               std::to_string(r.fence) + "|" + std::to_string(r.leased) + "|" + std::to_string(r.ready_in.count()) + "|" +
+               std::to_string(r.created_ms) + "|" +
                std::to_string(r.updated_ms) + (r.first_started ? r.first_started->owner.id : "") + (r.abandon_request ? r.abandon_request->by : "") +
                (r.cancel_request ? r.cancel_request->reason : "");
     }

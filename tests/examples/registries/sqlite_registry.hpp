@@ -338,7 +338,8 @@ public:
             if (const errc e = s.check(w, l); e != errc{}) return fail(e);
             if (w->started_fence == w->r.fence) return w->r;
             const rtb::process_disposition d = w->r.disposition;
-            if (d == rtb::process_disposition::externally_owned || (d == rtb::process_disposition::owner_bound && w->r.first_started)) return fail(errc::conflict);
+            if (d == rtb::process_disposition::externally_owned || (d == rtb::process_disposition::owner_bound && w->r.first_started))
+                return fail(errc::conflict);
             if (w->r.attempts >= w->r.max_attempts) return fail(errc::exhausted);
             ++w->r.attempts;
             w->started_fence = w->r.fence;
@@ -365,7 +366,8 @@ public:
             std::optional<row> w = s.find(id);
             if (!w) return fail(errc::not_found);
             if (w->r.terminal()) return w->ended_token.empty() && store::ended_as(*w, o) ? result<record>(w->r) : fail(errc::terminal);
-            if (reconciled ? !w->r.abandon_request || w->r.leased : w->r.disposition != rtb::process_disposition::externally_owned) return fail(errc::conflict);
+            if (reconciled ? !w->r.abandon_request || w->r.leased : w->r.disposition != rtb::process_disposition::externally_owned)
+                return fail(errc::conflict);
             return s.end(std::move(*w), o, false);
         });
     }
