@@ -5724,7 +5724,7 @@ inline service::join_end service::wait_over(time_point until) noexcept {
         if (patience == never)
             patience = stuck_after();
         else if (end == wait_end::timed_out && t >= patience) {
-            if (same_step(last_look)) return join_end::stuck;
+            if (t >= stuck_after() && same_step(last_look)) return join_end::stuck;
             patience = deadline_after(t, std::chrono::milliseconds(100));  // else merely slow, or its time is virtual
         }
     }
@@ -5935,30 +5935,37 @@ struct callback_scope : immovable {
     callback_scope(service* of, frame_base* chain) noexcept : s(of) { s->callback = chain; }
     ~callback_scope() { s->callback = nullptr; }
 };
-/// Calls user code that may be a coroutine, and awaits it for at most `limit`.
-template <class Err, class Call> task<callback_end<Err>> run_callback(service* s, Call call, duration limit = (duration::max)()) {
+/// Calls user code that is a coroutine, and awaits it for at most `limit`.
+template <class Err, class Call> task<callback_end<Err>> run_callback(service* s, Call call, duration limit) {
     callback_end<Err> end;
-    using R = decltype(call());
-    if constexpr (!is_task<R>) {
-        static_cast<void>(limit);
-        end = call_plain<Err>(call);
-    } else {
-        RTB_DETAIL_TRY {
-            R t = call();
-            task<void> grace = grace_end_of(s);
-            const callback_scope here(s, task_access::peek(t));
-            auto first_of = when_any(std::move(t), sleep_leaf(limit), std::move(grace));
-            auto first = co_await first_of;
-            end.timed_out = first.index() == 1;
-            end.cut = first.index() == 2;
-            if (first.index() == 0) end.error = error_in<Err>(first.template get<0>());
-        }
-        RTB_DETAIL_CATCH_ALL {
-            if (!std::current_exception()) RTB_DETAIL_RETHROW;
-            end.error.emplace(std::current_exception());
-        }
+    RTB_DETAIL_TRY {
+        auto t = call();
+        task<void> grace = grace_end_of(s);
+        const callback_scope here(s, task_access::peek(t));
+        auto first_of = when_any(std::move(t), sleep_leaf(limit), std::move(grace));
+        auto first = co_await first_of;
+        end.timed_out = first.index() == 1;
+        end.cut = first.index() == 2;
+        if (first.index() == 0) end.error = error_in<Err>(first.template get<0>());
+    }
+    RTB_DETAIL_CATCH_ALL {
+        if (!std::current_exception()) RTB_DETAIL_RETHROW;
+        end.error.emplace(std::current_exception());
     }
     co_return end;
+}
+/// Calls user code. A plain callback is called here and now, without an allocation, and `end` says how it ended. For a
+/// coroutine: what to await for the same. No memory for that is a failure of the callback.
+template <class Err, class Call>
+std::optional<task<callback_end<Err>>> begin_callback(service* s, callback_end<Err>& end, Call& call, duration limit = (duration::max)()) {
+    if constexpr (!is_task<decltype(call())>) {
+        static_cast<void>(s), static_cast<void>(limit);
+        end = call_plain<Err>(call);
+    } else {
+        RTB_DETAIL_TRY { return run_callback<Err>(s, call, limit); }
+        RTB_DETAIL_CATCH_ALL { end.error.emplace(std::current_exception()); }
+    }
+    return std::nullopt;
 }
 template <class Text> void log_about(log_level level, const char* kind, const std::string& name, const Text& text) noexcept {
     RTB_DETAIL_TRY { log(level, std::string(kind) + " '" + name + "': " + text); }
@@ -6016,6 +6023,7 @@ template <class Report> expected<Report, join_error> joined(reporting_service<Re
     return s->report;
 }
 template <class Report> task<expected<Report, join_error>> join_task(service_ref<reporting_service<Report>> s) {
+    if (s.get() == nullptr) co_return rtb::unexpected(join_errc::cancelled);
     const bool self = co_await self_leaf(s.get());
     if (self) co_return rtb::unexpected(join_errc::would_deadlock);
     if (s->core->out_of_reach()) co_return joined(s.get(), service::join_end::not_here);
@@ -6848,8 +6856,9 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
             } else if (p.what == step::gap) {
                 if constexpr (has_gap) {
                     auto call = [s, gap = p.gap] { return s->drain->on_gap(gap); };
-                    task<callback_end<drain_error>> calling = run_callback<drain_error>(s, call);
-                    const callback_end<drain_error> end = co_await calling;
+                    callback_end<drain_error> end;
+                    std::optional<task<callback_end<drain_error>>> calling = begin_callback<drain_error>(s, end, call);
+                    if (calling) end = co_await *calling;
                     if (end.error) s->complain(*end.error);
                     if (end.cut) co_return;
                 }
@@ -6862,8 +6871,9 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                         else
                             return s->drain->write_batch(std::span<T>(s->batch));
                     };
-                    task<callback_end<drain_error>> calling = run_callback<drain_error>(s, call);
-                    callback_end<drain_error> end = co_await calling;
+                    callback_end<drain_error> end;
+                    std::optional<task<callback_end<drain_error>>> calling = begin_callback<drain_error>(s, end, call);
+                    if (calling) end = co_await *calling;
                     s->count_write(!end);
                     if (end.cut) co_return;  // the batch counts as abandoned
                     if (end.error && attempt < retry.max_attempts && !s->grace_over()) {
@@ -6879,8 +6889,9 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                         s->complain(*end.error);
                         if constexpr (has_dead_letter) {
                             auto give_up = [s, error = &*end.error] { return s->drain->dead_letter(std::span<T>(s->batch), *error); };
-                            task<callback_end<drain_error>> giving = run_callback<drain_error>(s, give_up);
-                            const callback_end<drain_error> buried = co_await giving;
+                            callback_end<drain_error> buried;
+                            std::optional<task<callback_end<drain_error>>> giving = begin_callback<drain_error>(s, buried, give_up);
+                            if (giving) buried = co_await *giving;
                             if (buried.error) s->complain(*buried.error);
                         }
                     }
@@ -6894,8 +6905,8 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                 callback_end<drain_error> end;
                 if constexpr (has_barrier) {
                     auto call = [s] { return s->drain->flush_durable(); };
-                    task<callback_end<drain_error>> calling = run_callback<drain_error>(s, call);
-                    end = co_await calling;
+                    std::optional<task<callback_end<drain_error>>> calling = begin_callback<drain_error>(s, end, call);
+                    if (calling) end = co_await *calling;
                 }
                 if (end.error) s->complain(*end.error);
                 if (end.cut) end.error.emplace(drain_errc::cut_short);
@@ -6905,8 +6916,9 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                     if (end.cut) co_return;
                     if constexpr (has_close) {
                         auto call = [s] { return s->drain->close(); };
-                        task<callback_end<drain_error>> calling = run_callback<drain_error>(s, call);
-                        callback_end<drain_error> closed = co_await calling;
+                        callback_end<drain_error> closed;
+                        std::optional<task<callback_end<drain_error>>> calling = begin_callback<drain_error>(s, closed, call);
+                        if (calling) closed = co_await *calling;
                         if (closed.error) s->complain(*closed.error);
                         if (closed.cut) closed.error.emplace(drain_errc::cut_short);
                         if (closed.error && !s->report.close_error) s->report.close_error = std::move(closed.error);
@@ -6924,7 +6936,8 @@ template <class T> std::error_code check(const background_sink_config& c) noexce
     return good ? std::error_code() : std::make_error_code(std::errc::invalid_argument);
 }
 template <class Service, class... Args>
-std::pair<Service*, worker*> start_service(rtb::scheduler* shared, std::string_view name, duration spin, std::error_code& error, Args&&... args) {
+std::pair<Service*, worker*> start_service(rtb::scheduler* shared, std::string_view name, duration spin, const std::optional<cancellation_token>& token,
+                                           std::error_code& error, Args&&... args) {
     own_worker own;
     if (shared == nullptr) {
         error = own.start(std::string(name), spin);
@@ -6939,9 +6952,22 @@ std::pair<Service*, worker*> start_service(rtb::scheduler* shared, std::string_v
             if (s != nullptr) s->drop_ref();
         }
     } keep(s);
+    if (token) s->tie.emplace(*token, s);  // first: a token that was cancelled before wins over everything
     static_cast<void>(spawn_on(core, Service::main(ending(s)), spawn_options{name}, __builtin_FILE(), 0));
     keep.s = nullptr;  // the caller's reference
     return {s, own.release()};
+}
+/// What try_spawn promises: no memory is an error, too.
+template <class F> auto or_no_memory(F f) -> decltype(f()) {
+#if RTB_DETAIL_EXCEPTIONS
+    try {
+        return f();
+    } catch (const std::bad_alloc&) {
+        return rtb::unexpected(std::make_error_code(std::errc::not_enough_memory));
+    }
+#else
+    return f();
+#endif
 }
 inline void throw_start_error(std::error_code e, const char* what) {
     if (e == std::errc::invalid_argument) RTB_DETAIL_THROW(std::invalid_argument(what), what);
@@ -7063,56 +7089,55 @@ public:
 
     /// On a thread of its own. Throws std::invalid_argument for a configuration that can't work, std::system_error if the
     /// system refuses the thread. Token and configuration are optional and come in either order.
-    template <class Drain> static started spawn(Drain drain, background_sink_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return or_throw(start(nullptr, std::move(drain), std::move(config), std::move(token)));
+    template <class Drain> static started spawn(Drain drain, background_sink_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return or_throw(start(nullptr, std::move(drain), std::move(config), token));
     }
     template <class Drain, std::same_as<cancellation_token> Token> static started spawn(Drain drain, Token token, background_sink_config config = {}) {
-        return or_throw(start(nullptr, std::move(drain), std::move(config), std::move(token)));
+        return or_throw(start(nullptr, std::move(drain), std::move(config), token));
     }
     /// On a scheduler that is shared: many on one thread, or under a manual clock. When the scheduler goes, the
     /// sink is closed, and what it had not written is abandoned.
     template <class Drain>
-    static started spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return or_throw(start(&on, std::move(drain), std::move(config), std::move(token)));
+    static started spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return or_throw(start(&on, std::move(drain), std::move(config), token));
     }
     template <class Drain, std::same_as<cancellation_token> Token>
     static started spawn_on(rtb::scheduler& on, Drain drain, Token token, background_sink_config config = {}) {
-        return or_throw(start(&on, std::move(drain), std::move(config), std::move(token)));
+        return or_throw(start(&on, std::move(drain), std::move(config), token));
     }
     /// With the error as a value.
     template <class Drain>
-    static expected<started, std::error_code> try_spawn(Drain drain, background_sink_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return start(nullptr, std::move(drain), std::move(config), std::move(token));
+    static expected<started, std::error_code> try_spawn(Drain drain, background_sink_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return detail::or_no_memory([&] { return start(nullptr, std::move(drain), std::move(config), token); });
     }
     template <class Drain, std::same_as<cancellation_token> Token>
     static expected<started, std::error_code> try_spawn(Drain drain, Token token, background_sink_config config = {}) {
-        return start(nullptr, std::move(drain), std::move(config), std::move(token));
+        return detail::or_no_memory([&] { return start(nullptr, std::move(drain), std::move(config), token); });
     }
     template <class Drain>
     static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {},
-                                                           std::optional<cancellation_token> token = std::nullopt) {
-        return start(&on, std::move(drain), std::move(config), std::move(token));
+                                                           const std::optional<cancellation_token>& token = std::nullopt) {
+        return detail::or_no_memory([&] { return start(&on, std::move(drain), std::move(config), token); });
     }
     template <class Drain, std::same_as<cancellation_token> Token>
     static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Drain drain, Token token, background_sink_config config = {}) {
-        return start(&on, std::move(drain), std::move(config), std::move(token));
+        return detail::or_no_memory([&] { return start(&on, std::move(drain), std::move(config), token); });
     }
 
 private:
     std::size_t size_of(const T& v) const { return s_->sizes ? detail::size_of_message(v) : 0; }
     template <class Drain>
-    static expected<started, std::error_code> start(rtb::scheduler* on, Drain&& drain, background_sink_config config, std::optional<cancellation_token> token) {
+    static expected<started, std::error_code> start(rtb::scheduler* on, Drain&& drain, background_sink_config config, const std::optional<cancellation_token>& token) {
         using service = detail::sink_service<T, std::decay_t<Drain>>;
         if (const std::error_code e = detail::check<T>(config)) return rtb::unexpected(e);
         if (config.name.empty()) config.name = "sink";
         const std::string name = config.name;
         std::error_code error;
-        const auto [s, w] = detail::start_service<service>(on, name, duration::zero(), error, std::move(config), std::move(drain));
+        const auto [s, w] = detail::start_service<service>(on, name, duration::zero(), token, error, std::move(config), std::move(drain));
         if (s == nullptr) return rtb::unexpected(error);
         background_sink_handle handle(s, w);
         background_sink sink(s);
         s->drop_ref();
-        if (token) s->tie.emplace(*token, s);
         return started(std::move(sink), std::move(handle));
     }
     static started or_throw(expected<started, std::error_code>&& r) {
@@ -7280,8 +7305,9 @@ template <class Task> struct periodic_service final : periodic_state {
                     return (*s->task_object)();
             };
             const duration limit = s->options.tick_timeout > duration::zero() ? s->options.tick_timeout : (duration::max)();
-            task<callback_end<tick_error>> ticking = run_callback<tick_error>(s, call, limit);
-            callback_end<tick_error> end = co_await ticking;
+            callback_end<tick_error> end;
+            std::optional<task<callback_end<tick_error>>> ticking = begin_callback<tick_error>(s, end, call, limit);
+            if (ticking) end = co_await *ticking;
             if (end.timed_out) end.error.emplace(tick_errc::timed_out);
             const time_point after = s->core->now();
             {
@@ -7293,8 +7319,9 @@ template <class Task> struct periodic_service final : periodic_state {
                 log_about(log_level::error, "periodic_worker", s->options.name, end.error->what());
                 if constexpr (has_on_error) {
                     auto tell = [s, &end] { return s->task_object->on_error(*end.error); };
-                    task<callback_end<tick_error>> telling = run_callback<tick_error>(s, tell);
-                    const callback_end<tick_error> told = co_await telling;
+                    callback_end<tick_error> told;
+                    std::optional<task<callback_end<tick_error>>> telling = begin_callback<tick_error>(s, told, tell);
+                    if (telling) told = co_await *telling;
                     if (told.error) log_about(log_level::error, "periodic_worker", s->options.name, told.error->what());
                 }
                 ++failed_in_a_row;
@@ -7310,8 +7337,9 @@ template <class Task> struct periodic_service final : periodic_state {
         if constexpr (has_shutdown) {
             s->renew_grace();
             auto call = [s] { return s->task_object->shutdown(); };
-            task<callback_end<tick_error>> ending_it = run_callback<tick_error>(s, call);
-            callback_end<tick_error> end = co_await ending_it;
+            callback_end<tick_error> end;
+            std::optional<task<callback_end<tick_error>>> ending_it = begin_callback<tick_error>(s, end, call);
+            if (ending_it) end = co_await *ending_it;
             if (end.cut) end.error.emplace(tick_errc::timed_out);
             if (end.error) {
                 log_about(log_level::error, "periodic_worker", s->options.name, end.error->what());
@@ -7331,10 +7359,10 @@ class periodic_control {
 public:
     /// A tick now, or right after the one that runs; the phase of the others stays. Calls before it begins are one.
     /// Never blocks. False: it is shutting down.
-    bool trigger() const noexcept { return s_->trigger(); }
+    bool trigger() const noexcept { return s_.get() != nullptr && s_->trigger(); }
     /// The next tick is due `d` from now, the following ones at this distance. False, and no change: `d` is not positive.
-    bool set_interval(duration d) const noexcept { return s_->set_interval(d); }
-    periodic_stats stats() const noexcept { return s_->stats(); }
+    bool set_interval(duration d) const noexcept { return s_.get() != nullptr && s_->set_interval(d); }
+    periodic_stats stats() const noexcept { return s_.get() != nullptr ? s_->stats() : periodic_stats{}; }
 };
 /// Joins a periodic worker, and controls it.
 class periodic_handle : public detail::service_handle<periodic_report> {
@@ -7379,43 +7407,43 @@ public:
 
     /// On a thread of its own. Token and options are optional and come in either order.
     template <class Task>
-    static started spawn(Task t, duration every, periodic_options options = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return or_throw(start(nullptr, std::move(t), every, std::move(options), std::move(token)));
+    static started spawn(Task t, duration every, periodic_options options = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return or_throw(start(nullptr, std::move(t), every, std::move(options), token));
     }
     template <class Task, std::same_as<cancellation_token> Token>
     static started spawn(Task t, duration every, Token token, periodic_options options = {}) {
-        return or_throw(start(nullptr, std::move(t), every, std::move(options), std::move(token)));
+        return or_throw(start(nullptr, std::move(t), every, std::move(options), token));
     }
     /// On a scheduler that is shared, or under a manual clock. When it goes, the worker is over, without shutdown().
     template <class Task>
-    static started spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return or_throw(start(&on, std::move(t), every, std::move(options), std::move(token)));
+    static started spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return or_throw(start(&on, std::move(t), every, std::move(options), token));
     }
     template <class Task, std::same_as<cancellation_token> Token>
     static started spawn_on(rtb::scheduler& on, Task t, duration every, Token token, periodic_options options = {}) {
-        return or_throw(start(&on, std::move(t), every, std::move(options), std::move(token)));
+        return or_throw(start(&on, std::move(t), every, std::move(options), token));
     }
     /// With the error as a value.
     template <class Task>
-    static expected<started, std::error_code> try_spawn(Task t, duration every, periodic_options options = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return start(nullptr, std::move(t), every, std::move(options), std::move(token));
+    static expected<started, std::error_code> try_spawn(Task t, duration every, periodic_options options = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return detail::or_no_memory([&] { return start(nullptr, std::move(t), every, std::move(options), token); });
     }
     template <class Task, std::same_as<cancellation_token> Token>
     static expected<started, std::error_code> try_spawn(Task t, duration every, Token token, periodic_options options = {}) {
-        return start(nullptr, std::move(t), every, std::move(options), std::move(token));
+        return detail::or_no_memory([&] { return start(nullptr, std::move(t), every, std::move(options), token); });
     }
     template <class Task>
-    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return start(&on, std::move(t), every, std::move(options), std::move(token));
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return detail::or_no_memory([&] { return start(&on, std::move(t), every, std::move(options), token); });
     }
     template <class Task, std::same_as<cancellation_token> Token>
     static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, Token token, periodic_options options = {}) {
-        return start(&on, std::move(t), every, std::move(options), std::move(token));
+        return detail::or_no_memory([&] { return start(&on, std::move(t), every, std::move(options), token); });
     }
 
 private:
     template <class Task>
-    static expected<started, std::error_code> start(rtb::scheduler* on, Task&& t, duration every, periodic_options o, std::optional<cancellation_token> token) {
+    static expected<started, std::error_code> start(rtb::scheduler* on, Task&& t, duration every, periodic_options o, const std::optional<cancellation_token>& token) {
         using service = detail::periodic_service<std::decay_t<Task>>;
         const duration zero{};
         if (every <= zero || o.jitter < zero || o.tick_timeout < zero || o.backoff < zero || o.max_backoff < zero || o.shutdown_grace < zero)
@@ -7423,11 +7451,10 @@ private:
         if (o.name.empty()) o.name = "periodic";
         const std::string name = o.name;
         std::error_code error;
-        const auto [s, w] = detail::start_service<service>(on, name, duration::zero(), error, every, std::move(o), std::move(t));
+        const auto [s, w] = detail::start_service<service>(on, name, duration::zero(), token, error, every, std::move(o), std::move(t));
         if (s == nullptr) return rtb::unexpected(error);
         started result(periodic_control(s), periodic_handle(s, w));
         s->drop_ref();
-        if (token) s->tie.emplace(*token, s);
         return expected<started, std::error_code>(std::in_place, std::move(result));
     }
     static started or_throw(expected<started, std::error_code>&& r) {
@@ -7471,7 +7498,11 @@ public:
     std::exception_ptr as_exception() const noexcept {
         if (cause()) return cause();
 #if RTB_DETAIL_EXCEPTIONS
-        return std::make_exception_ptr(std::runtime_error(what()));
+        try {
+            return std::make_exception_ptr(std::runtime_error(what()));
+        } catch (...) {
+            return std::current_exception();  // no memory
+        }
 #else
         return nullptr;
 #endif
@@ -7665,7 +7696,8 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
         const time_point now = this->core->now();
         while (!recent.empty() && elapsed(recent.front(), now) >= p.window) recent.erase(recent.begin());
         if (recent.size() >= p.max_restarts) return std::nullopt;
-        recent.push_back(now);
+        RTB_DETAIL_TRY { recent.push_back(now); }
+        RTB_DETAIL_CATCH_ALL { return std::nullopt; }
         retry_policy wait;
         wait.backoff = p.backoff;
         wait.max_backoff = p.max_backoff;
@@ -7679,7 +7711,6 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
 
     static task<void> main(ending e) {
         actor_service* const s = static_cast<actor_service*>(e.get());
-        constexpr bool plain = !is_task<decltype(std::declval<A&>().handle(std::declval<C>()))>;
         std::optional<handler_error> failure;  // what ended the last life
         for (;;) {
             // A new life.
@@ -7691,8 +7722,9 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
             if (!failure) {
                 if constexpr (has_on_start) {
                     auto call = [s] { return s->actor->on_start(); };
-                    task<callback_end<handler_error>> starting = run_callback<handler_error>(s, call);
-                    callback_end<handler_error> end = co_await starting;
+                    callback_end<handler_error> end;
+                    std::optional<task<callback_end<handler_error>>> starting = begin_callback<handler_error>(s, end, call);
+                    if (starting) end = co_await *starting;
                     failure = cut_is_failure(end);
                 }
             }
@@ -7717,20 +7749,18 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                 callback_end<handler_error> end;
                 if (what == step::command) {
                     auto call = [s, &command] { return s->actor->handle(std::move(*command)); };
-                    if constexpr (plain) {
-                        end = call_plain<handler_error>(call);
+                    std::optional<task<callback_end<handler_error>>> handling = begin_callback<handler_error>(s, end, call);
+                    if (handling)
+                        end = co_await *handling;
+                    else
                         co_await coop_leaf();
-                    } else {
-                        task<callback_end<handler_error>> handling = run_callback<handler_error>(s, call);
-                        end = co_await handling;
-                    }
                     command.reset();
                     s->count_call(true, !end);
                     if (end.cut) end.error = cut_is_failure(end);
                 } else if constexpr (has_on_idle) {
                     auto call = [s] { return s->actor->on_idle(); };
-                    task<callback_end<handler_error>> idling = run_callback<handler_error>(s, call);
-                    end = co_await idling;
+                    std::optional<task<callback_end<handler_error>>> idling = begin_callback<handler_error>(s, end, call);
+                    if (idling) end = co_await *idling;
                     if (!end) s->count_call(false, true);
                 }
                 if constexpr (has_on_idle) idle_at = deadline_after(s->core->now(), s->config.idle_interval);
@@ -7738,9 +7768,13 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     s->complain(*end.error);
                     if constexpr (has_on_error) {
                         auto call = [s, &end] { return s->actor->on_error(end.error->as_exception()); };
-                        task<callback_end<handler_error>> telling = run_callback<handler_error>(s, call);
-                        const callback_end<handler_error> told = co_await telling;
-                        if (told.error) s->complain(*told.error);
+                        callback_end<handler_error> told;
+                        std::optional<task<callback_end<handler_error>>> telling = begin_callback<handler_error>(s, told, call);
+                        if (telling) told = co_await *telling;
+                        if (told.error) {
+                            s->count_call(false, true);
+                            s->complain(*told.error);
+                        }
                     }
                     // While it closes there is nothing to begin anew for: the other commands still have their turn.
                     if (s->may_restart() && !s->is_closing()) failure = std::move(end.error);
@@ -7758,8 +7792,9 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     }
                     if constexpr (has_on_discard) {
                         auto call = [s, &command] { return s->actor->on_discard(std::move(*command)); };
-                        task<callback_end<handler_error>> discarding = run_callback<handler_error>(s, call);
-                        callback_end<handler_error> end = co_await discarding;
+                        callback_end<handler_error> end;
+                        std::optional<task<callback_end<handler_error>>> discarding = begin_callback<handler_error>(s, end, call);
+                        if (discarding) end = co_await *discarding;
                         if (const std::optional<handler_error> failed = cut_is_failure(end)) {
                             s->count_call(false, true);
                             s->complain(*failed);
@@ -7770,8 +7805,9 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                 if constexpr (has_on_shutdown) {
                     s->renew_grace();
                     auto call = [s] { return s->actor->on_shutdown(); };
-                    task<callback_end<handler_error>> ending_it = run_callback<handler_error>(s, call);
-                    callback_end<handler_error> end = co_await ending_it;
+                    callback_end<handler_error> end;
+                    std::optional<task<callback_end<handler_error>>> ending_it = begin_callback<handler_error>(s, end, call);
+                    if (ending_it) end = co_await *ending_it;
                     if (const std::optional<handler_error> failed = cut_is_failure(end)) {
                         s->count_call(false, true);
                         s->complain(*failed);
@@ -7936,42 +7972,42 @@ public:
     /// configuration that can't work, std::system_error if the system refuses the thread. Token and configuration are optional
     /// and come in either order.
     template <class From>
-    static started spawn(From from, actor_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return or_throw(start(nullptr, std::move(from), std::move(config), std::move(token)));
+    static started spawn(From from, actor_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return or_throw(start(nullptr, std::move(from), std::move(config), token));
     }
     template <class From, std::same_as<cancellation_token> Token>
     static started spawn(From from, Token token, actor_config config = {}) {
-        return or_throw(start(nullptr, std::move(from), std::move(config), std::move(token)));
+        return or_throw(start(nullptr, std::move(from), std::move(config), token));
     }
     /// On a scheduler that is shared, or under a manual clock. When it goes, the actor is over, without on_shutdown.
     template <class From>
-    static started spawn_on(rtb::scheduler& on, From from, actor_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return or_throw(start(&on, std::move(from), std::move(config), std::move(token)));
+    static started spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return or_throw(start(&on, std::move(from), std::move(config), token));
     }
     template <class From, std::same_as<cancellation_token> Token>
     static started spawn_on(rtb::scheduler& on, From from, Token token, actor_config config = {}) {
-        return or_throw(start(&on, std::move(from), std::move(config), std::move(token)));
+        return or_throw(start(&on, std::move(from), std::move(config), token));
     }
     /// With the error as a value.
     template <class From>
-    static expected<started, std::error_code> try_spawn(From from, actor_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return start(nullptr, std::move(from), std::move(config), std::move(token));
+    static expected<started, std::error_code> try_spawn(From from, actor_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return detail::or_no_memory([&] { return start(nullptr, std::move(from), std::move(config), token); });
     }
     template <class From, std::same_as<cancellation_token> Token>
     static expected<started, std::error_code> try_spawn(From from, Token token, actor_config config = {}) {
-        return start(nullptr, std::move(from), std::move(config), std::move(token));
+        return detail::or_no_memory([&] { return start(nullptr, std::move(from), std::move(config), token); });
     }
     template <class From>
-    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, actor_config config = {}, std::optional<cancellation_token> token = std::nullopt) {
-        return start(&on, std::move(from), std::move(config), std::move(token));
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+        return detail::or_no_memory([&] { return start(&on, std::move(from), std::move(config), token); });
     }
     template <class From, std::same_as<cancellation_token> Token>
     static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, Token token, actor_config config = {}) {
-        return start(&on, std::move(from), std::move(config), std::move(token));
+        return detail::or_no_memory([&] { return start(&on, std::move(from), std::move(config), token); });
     }
 
 private:
-    template <class From> static expected<started, std::error_code> start(rtb::scheduler* on, From&& from, actor_config c, std::optional<cancellation_token> token) {
+    template <class From> static expected<started, std::error_code> start(rtb::scheduler* on, From&& from, actor_config c, const std::optional<cancellation_token>& token) {
         using bare = std::decay_t<From>;
         using source = std::conditional_t<detail::handles<bare, Command>, detail::one_actor<bare>, detail::actor_factory<bare>>;
         using service = detail::actor_service<Command, source>;
@@ -7982,12 +8018,11 @@ private:
         if (c.name.empty()) c.name = "actor";
         const std::string name = c.name;
         std::error_code error;
-        const auto [s, w] = detail::start_service<service>(on, name, scheduler_options{}.spin, error, std::move(c), source(std::move(from)));
+        const auto [s, w] = detail::start_service<service>(on, name, scheduler_options{}.spin, token, error, std::move(c), source(std::move(from)));
         if (s == nullptr) return rtb::unexpected(error);
         actor_join_handle handle(s, w);
         actor_handle h(s);
         s->drop_ref();
-        if (token) s->tie.emplace(*token, s);
         return started(std::move(h), std::move(handle));
     }
     static started or_throw(expected<started, std::error_code>&& r) {
@@ -8172,9 +8207,10 @@ struct process_page {
 /// Where processes are stored. Each member is one atomic step; what it reports as done is durable as far as durability()
 /// says. Waiting for a process is not a registry's business. tests/registry_conformance.hpp certifies an implementation.
 ///
-/// Errors    not_found; conflict; superseded (the lease is not the current, unexpired one); terminal; exhausted; io (nothing
-///           changed, or a repetition with the same arguments tells); invalid. A missing row is never reported as an error
-///           by try_get, and a failed read never as a missing row.
+/// Errors    not_found; conflict; superseded (the lease is not the current, unexpired one); terminal (on an ended row); exhausted;
+///           io (nothing changed, or a repetition with the same arguments tells); invalid. A missing row is never reported as
+///           an error by try_get, and a failed read never as a missing row.
+/// Limits    ids, kinds and owners 1 KiB, reasons 16 KiB; ids are not empty, max_attempts is not 0: else invalid.
 /// Threads   all members, any thread, several at once. The returned tasks may be destroyed where they are suspended;
 ///           the change has then happened entirely or not at all.
 class process_registry {
@@ -8187,25 +8223,27 @@ public:
     /// In the order of ids (bytes). Fewer rows than the limit: the last page.
     virtual task<expected<std::vector<process_record>, process_error>> list_non_terminal(process_page) = 0;
     /// Takes the process if nobody holds an unexpired lease: new token, fence + 1. The owner that holds it already gets its
-    /// lease again (same token and fence, so a claim whose answer was lost can be repeated). Clears holder_dead only by a start.
+    /// lease again, extended (same token and fence, so a claim whose answer was lost can be repeated). holder_dead stays until a
+    /// start. An externally_owned process whose abandonment nobody requested is a conflict.
     virtual task<expected<claim_result, process_error>> claim(std::string id, process_owner, duration ttl) = 0;
-    /// Takes it from a holder that is known to be dead, if its lease is still the one observed; else busy with the new holder.
+    /// Takes it from a holder that is known to be dead, if its lease is still the one observed; else as claim: busy with the new
+    /// holder. Sets holder_dead if that holder made the last start.
     virtual task<expected<claim_result, process_error>> reclaim(std::string id, process_owner, process_lease observed, duration ttl) = 0;
     /// The lease now ends ttl from the store's now. Needs the current, unexpired lease.
     virtual task<expected<process_lease, process_error>> renew(process_lease, duration ttl) = 0;
-    /// As stored: it may have expired.
+    /// As stored: it may have expired. Nothing: nobody holds one.
     virtual task<expected<std::optional<process_lease>, process_error>> get_lease(std::string id) = 0;
     /// Gives the lease back; a lease that is not the current one is no error and changes nothing. refund: the attempt that this
     /// lease recorded does not count (and, for a first start, is forgotten only if the process is rerunnable). delay: not
-    /// claimable before that. Idempotent.
+    /// claimable before that. Idempotent. An expired lease that nobody took over can be released.
     virtual task<expected<void, process_error>> release(process_lease, bool refund = false, duration delay = {}) = 0;
     /// Counts an attempt and keeps the first starter. Once per lease: repeated with the same lease it changes nothing.
-    /// An owner_bound process that another lease started is a conflict.
+    /// An owner_bound process that another lease started is a conflict; more starts than max_attempts are exhausted.
     virtual task<expected<process_record, process_error>> record_first_started(process_lease) = 0;
     /// Ends the process and its lease in one step. Needs the current, unexpired lease, except that the same outcome
     /// under the lease that wrote it is answered with the record.
     virtual task<expected<process_record, process_error>> complete_with_lease(process_lease, process_outcome) = 0;
-    /// Ends a process without a lease. external_owner: externally_owned ones only, any outcome. reconciled_abandon: outcome
+    /// Ends a process without a lease; repeated with the same outcome, it is answered with the record. external_owner: externally_owned ones only, any outcome. reconciled_abandon: outcome
     /// abandoned, of a process whose abandonment was requested and which nobody holds.
     virtual task<expected<process_record, process_error>> complete(std::string id, process_outcome, process_authority) = 0;
     /// A mark for the next sweep; the first one stays.
