@@ -80,24 +80,24 @@ static rtb::expected<std::string, std::string> read(const std::filesystem::path&
     return text;
 }
 
-// [snippet config_reload]
 struct reloader {
     std::filesystem::path file;
     std::shared_ptr<live_config> live;
     std::string loaded{};
 
+    // [snippet config_reload]
     rtb::expected<void, std::string> tick() {
         auto text = read(file);
         if (!text) return rtb::unexpected(text.error());
-        if (*text == loaded) return {};  // the content, as a time stamp is the same for two quick changes
+        if (*text == loaded) return {};  // the content: two quick changes may have the same time stamp
         auto fresh = parse(*text);
-        if (!fresh) return rtb::unexpected(file.filename().string() + ": " + fresh.error());
-        live->set(std::make_shared<const config>(std::move(*fresh)));
+        if (!fresh) return rtb::unexpected(fresh.error());  // counted and logged; the old one stays, the next tick tries again
+        live->set(std::make_shared<const config>(std::move(*fresh)));  // who uses the old one keeps it
         loaded = std::move(*text);
         return {};
     }
+    // [/snippet]
 };
-// [/snippet]
 
 static int failures = 0;
 static void check(bool good, const char* what) {
@@ -165,8 +165,11 @@ static void on_its_own_thread(const std::filesystem::path& file) {
     write(file, "greeting = hello\nworkers = 2\n");
     const auto live = std::make_shared<live_config>();
     const auto none = live->get();
-    auto [worker, handle] = rtb::periodic_worker::spawn(reloader{file, live}, 1h);
-    check(worker.trigger(), "'reload now'");
+    // [snippet config_reload_spawn]
+    auto [worker, handle] = rtb::periodic_worker::spawn(reloader{file, live}, 1h, {.name = "configuration"});
+    const bool accepted = worker.trigger();  // reload now; callable from any thread
+    // [/snippet]
+    check(accepted, "'reload now'");
     check(live->wait_for_other_than(none)->workers == 2, "a thread of its own reads the file");
 }  // the handle ends it
 
