@@ -88,7 +88,7 @@ class metrics_server {
     std::thread thread_;
 
     void answer(const connection& peer) const {
-        const timeval patience{2, 0};  // for a peer that says nothing, while others wait
+        const timeval patience{10, 0};  // for a peer that says nothing, while others wait
         if (::setsockopt(peer.fd(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) != 0) return;
         if (::setsockopt(peer.fd(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience) != 0) return;
         std::string request;
