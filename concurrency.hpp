@@ -10184,6 +10184,1439 @@ private:
 // ---------------------------------------------------------------------------------------------------------------------
 // >>process.runner   durable_process_worker, process_work_runner
 // ---------------------------------------------------------------------------------------------------------------------
+// A row goes through one coroutine, its row task, on the scheduler that drives the worker (the control scheduler): claim,
+// verdict, start, body, end. Only there are decisions made, and only on the record that claim() returned. The body is a root
+// of its own, perhaps on another scheduler. Registry calls are made by the row task and the walk, and by nothing that is
+// destroyed with a body. What body and row task share is in process_attempt.
+#if defined(__linux__)
+#include <unistd.h>  // readlink: the process-id namespace
+#endif
+
+namespace rtb {
+inline namespace RTB_DETAIL_NS {
+class process_context;
+class durable_process_worker;
+
+/// Something that went wrong with a row, or (id empty) with a sweep. Each error is reported once. `outcome`: the end that a
+/// body reached and that could not be stored.
+struct process_fault {
+    std::string operation;  // the registry's member, or "body", "lease"
+    std::string id;
+    process_error error;
+    std::optional<process_outcome> outcome{};
+};
+using process_fault_handler = detail::callback<void(const process_fault&)>;
+
+/// How a runner ended.
+struct process_work_report {
+    bool stuck = false;              // a body, or the runner itself, is in the middle of a step that does not return
+    std::vector<std::string> left{};  // ids of rows that were left to the expiry of their leases
+    std::uint64_t drives = 0, failed_drives = 0;
+};
+
+namespace detail {
+using process_text = expected<std::string, process_error>;
+struct process_engine;
+struct process_attempt;
+
+inline void report_fault(const process_fault_handler& to, std::string_view operation, std::string_view id, const process_error& error,
+                         const process_outcome* outcome = nullptr) noexcept {
+    RTB_DETAIL_TRY {
+        process_fault f{std::string(operation), std::string(id), error, {}};
+        if (outcome != nullptr) f.outcome = *outcome;
+        if (to) return to(f);
+        std::string text = "process ";
+        text += id.empty() ? std::string_view("registry") : id;
+        text.append(": ").append(operation).append(": ").append(error.what());
+        log(log_level::warning, text);
+    }
+    RTB_DETAIL_CATCH_ALL { log(log_level::error, "a process fault could not be reported: its handler threw, or there was no memory"); }
+}
+
+/// What a registry member, or any user code that gives a task, throws becomes an error.
+template <class T, class F> task<expected<T, process_error>> contained(F call) {
+    std::exception_ptr thrown;
+    RTB_DETAIL_TRY {
+        task<expected<T, process_error>> t = call();
+        expected<T, process_error> r = co_await t;
+        co_return std::move(r);
+    }
+    RTB_DETAIL_CATCH_ALL {
+        thrown = std::current_exception();
+        if (!thrown) RTB_DETAIL_RETHROW;
+    }
+    co_return rtb::unexpected(process_error(std::move(thrown)));
+}
+
+/// Which process of which boot this is; boot is empty where that can't be known. Two containers may share a boot, so the
+/// namespace of process ids is part of it.
+struct host_process {
+    std::string boot;
+    std::uint64_t pid = 0, started = 0;
+
+    static std::size_t read(const char* path, char* to, std::size_t most) noexcept {
+        std::FILE* f = std::fopen(path, "re");
+        if (f == nullptr) return 0;
+        const std::size_t n = std::fread(to, 1, most, f);
+        std::fclose(f);
+        return n;
+    }
+    static bool stat(const std::string& path, std::uint64_t& pid, std::uint64_t& started) {
+        char text[1024];
+        const std::string_view all(text, read(path.c_str(), text, sizeof text));
+        const std::size_t name_end = all.rfind(')');  // the name may hold anything
+        if (name_end == std::string_view::npos) return false;
+        const auto number = [&](std::size_t at) {
+            std::uint64_t v = 0;
+            for (; at < all.size() && all[at] >= '0' && all[at] <= '9'; ++at) v = v * 10 + static_cast<std::uint64_t>(all[at] - '0');
+            return v;
+        };
+        pid = number(0);
+        std::size_t at = name_end + 1;
+        for (int field = 2; field < 22 && at < all.size(); ++at)
+            if (all[at] == ' ') ++field;
+        started = number(at);
+        return pid != 0 && started != 0;
+    }
+    static host_process here() {
+        host_process h;
+#if defined(__linux__)
+        char id[64], ns[64];
+        std::size_t n = read("/proc/sys/kernel/random/boot_id", id, sizeof id);
+        while (n > 0 && id[n - 1] == '\n') --n;
+        const auto m = ::readlink("/proc/self/ns/pid", ns, sizeof ns);
+        if (n == 0 || m <= 0 || !stat("/proc/self/stat", h.pid, h.started)) return h;
+        h.boot = std::string(id, n) + "/" + std::string(ns, static_cast<std::size_t>(m));
+#endif
+        return h;
+    }
+    /// Only what is certain counts: every doubt is "not dead".
+    bool knows_dead(const process_owner& o) const {
+        if (boot.empty() || o.boot != boot || o.pid == 0 || o.started == 0) return false;
+        if (o.pid == pid) return o.started != started;
+        std::uint64_t p = 0, s = 0;
+        if (!stat("/proc/self/stat", p, s) || p != pid) return false;  // /proc can't be read now, or this is a forked child
+        return !stat("/proc/" + std::to_string(o.pid) + "/stat", p, s) || s != o.started;
+    }
+};
+}  // namespace detail
+
+/// Tells those who wait for processes that one has ended. A worker of this program does it at once, for others waiters poll.
+/// Threads   any.
+class process_completions : detail::immovable {
+    detail::port::mutex m_;
+    std::multimap<std::string, notify*, std::less<>> waiting_;  // m_
+
+public:
+    class subscription : detail::immovable {
+        process_completions& from_;
+        std::multimap<std::string, notify*, std::less<>>::iterator at_;
+
+    public:
+        notify ended;
+        subscription(process_completions& from, const std::string& id) : from_(from) {
+            detail::port::unique_lock l(from_.m_);
+            at_ = from_.waiting_.emplace(id, &ended);
+        }
+        ~subscription() {
+            detail::port::unique_lock l(from_.m_);
+            from_.waiting_.erase(at_);
+        }
+    };
+    void ended(std::string_view id) noexcept {
+        detail::port::unique_lock l(m_);
+        const auto [first, last] = waiting_.equal_range(id);
+        for (auto i = first; i != last; ++i) i->second->notify_one();
+    }
+};
+
+namespace detail {
+/// Subscribes before it reads, so an end in between is not missed. Failed reads are reported and repeated.
+inline task<expected<process_record, process_error>> await_process(std::shared_ptr<process_registry> registry,
+                                                                   std::shared_ptr<process_completions> completions, std::string id,
+                                                                   process_fault_handler on_fault) {
+    constexpr duration shortest = std::chrono::milliseconds(25), longest = std::chrono::seconds(1);
+    std::optional<process_completions::subscription> told;
+    if (completions != nullptr) told.emplace(*completions, id);
+    duration pause = shortest;
+    for (;;) {
+        const auto call = [&] { return registry->try_get(id); };
+        auto reading = contained<std::optional<process_record>>(call);
+        expected<std::optional<process_record>, process_error> r = co_await reading;
+        if (!r) {
+            const process_errc e = r.error().code();
+            if (e == process_errc::closed || e == process_errc::invalid || e == process_errc::corrupt) co_return rtb::unexpected(std::move(r).error());
+            report_fault(on_fault, "try_get", id, r.error());
+        } else if (!*r) {
+            co_return rtb::unexpected(process_error(process_errc::not_found));
+        } else if ((**r).terminal()) {
+            co_return std::move(**r);
+        }
+        bool was_told = false;
+        if (told) {
+            const auto first = co_await when_any(told->ended.wait(), sleep_for(pause));
+            was_told = first.index() == 0;
+        } else {
+            co_await sleep_for(pause);
+        }
+        pause = was_told ? shortest : (std::min)(pause * 2, longest);
+    }
+}
+template <class R> process_text as_process_text(R&& r) {
+    using bare = std::remove_cvref_t<R>;
+    if constexpr (std::is_same_v<bare, expected<void, process_error>>) {
+        if (!r) return rtb::unexpected(std::forward<R>(r).error());
+        return std::string();
+    } else {
+        return process_text(std::forward<R>(r));
+    }
+}
+template <class R, class T> task<process_text> process_text_of(T inner) {
+    if constexpr (std::is_void_v<R>) {
+        co_await inner;
+        co_return std::string();
+    } else {
+        R r = co_await inner;
+        co_return as_process_text(std::move(r));
+    }
+}
+template <class F> task<process_text> call_process_body(F* f, process_context* context) {
+    using R = std::invoke_result_t<F&, process_context&>;
+    if constexpr (std::is_void_v<R>) {
+        (*f)(*context);
+        co_return std::string();
+    } else {
+        co_return as_process_text((*f)(*context));
+    }
+}
+}  // namespace detail
+
+/// The body of processes: a callable with process_context&, or a coroutine, that gives expected<std::string, process_error>,
+/// a string, or nothing. One for all kinds: it looks at context.kind(). Copies share the callable.
+class process_handler {
+    detail::callback<task<detail::process_text>(process_context&)> f_;
+
+public:
+    process_handler() = default;
+    template <class F>
+        requires(!std::is_same_v<std::remove_cvref_t<F>, process_handler> && std::is_invocable_v<std::decay_t<F>&, process_context&>)
+    process_handler(F&& f)
+        : f_([g = std::decay_t<F>(std::forward<F>(f))](process_context& context) mutable {
+              using R = std::invoke_result_t<std::decay_t<F>&, process_context&>;
+              if constexpr (detail::is_task<std::remove_cvref_t<R>>)
+                  return detail::process_text_of<typename R::value_type>(g(context));
+              else
+                  return detail::call_process_body(std::addressof(g), std::addressof(context));
+          }) {}
+    explicit operator bool() const noexcept { return static_cast<bool>(f_); }
+    task<detail::process_text> operator()(process_context& context) const { return f_(context); }
+};
+
+/// Lifetime  `bodies`, and whatever the handler refers to, outlive the worker's rows.
+struct durable_process_worker_config {
+    std::shared_ptr<process_registry> registry{};
+    process_handler handler{};
+    process_owner owner{};  // its id is the worker's name in leases; host and process are filled in
+    duration lease_ttl = std::chrono::seconds(30);
+    duration renew_every = std::chrono::seconds(10);  // at most a third of lease_ttl
+    std::size_t concurrency = 64;                     // bodies at a time; those that wait for another process don't count
+    retry_policy retry{1, std::chrono::seconds(1), std::chrono::minutes(5)};  // the waits; how often is the row's max_attempts
+    scheduler* bodies = nullptr;                      // where bodies run; null: where the worker is driven
+    std::string name{};
+    duration shutdown_grace = std::chrono::seconds(5);  // a body's time to end after its token was cancelled
+    duration close_timeout = std::chrono::seconds(30);  // how long stop() waits for the registry, the grace included
+    process_fault_handler on_fault{};                   // any thread; default: logs a warning
+    std::size_t page_size = 256;
+};
+
+namespace detail {
+struct process_attempt : immovable {
+    const std::shared_ptr<process_engine> engine;
+    const std::string id;
+    process_owner owner;    // a fresh incarnation: nobody takes this life for another one, this worker's included
+    process_record record;  // control; once the body runs: fixed
+    process_lease lease;    // control
+    port::atomic<clock::rep> trusted{(std::numeric_limits<clock::rep>::min)()};  // until when the lease is ours for certain
+    port::atomic<bool> lost{false}, cancel_requested{false}, drain{false};
+    cancellation_token token, over;
+    notify wake;
+    semaphore_permit slot;     // the row task's, except while the body runs: then the body's
+    semaphore reacquire{1};    // the body may wait for several processes at once
+    join_handle<process_text> body;
+    bool decided = false;      // control: the first answer to its claim is there
+    bool started = false;      // control: the body was spawned
+    bool draining = false;     // control
+    bool abandoned = false;    // written by the row task before `over`
+
+    process_attempt(std::shared_ptr<process_engine> e, std::string process) : engine(std::move(e)), id(std::move(process)) {}
+    bool still_owner() const noexcept;
+    void request_cancel() noexcept {
+        cancel_requested.store(true, std::memory_order_release);
+        token.cancel();
+    }
+};
+
+/// Whatever becomes of a row task, its row is taken off the books once.
+class row_ticket {
+    std::shared_ptr<process_attempt> a_;
+
+public:
+    explicit row_ticket(std::shared_ptr<process_attempt> a) noexcept : a_(std::move(a)) {}
+    row_ticket(row_ticket&&) noexcept = default;
+    row_ticket& operator=(row_ticket&&) = delete;
+    ~row_ticket();
+    const std::shared_ptr<process_attempt>& attempt() const noexcept { return a_; }
+};
+template <class T> struct cancelling_handle : immovable {  // a root that must not outlive its owner
+    join_handle<T> h;
+    ~cancelling_handle() { h.cancel(); }
+};
+
+struct process_engine : std::enable_shared_from_this<process_engine> {
+    template <class T> using result = expected<T, process_error>;
+    struct entry {
+        std::shared_ptr<process_attempt> attempt;
+        join_handle<> row;
+    };
+    durable_process_worker_config c;
+    const host_process host;
+    const std::string instance;  // the beginning of every incarnation of this worker
+    const std::shared_ptr<process_completions> completions = std::make_shared<process_completions>();
+    semaphore slots, walk_lock{1}, stop_lock{1};
+    notify freed, decided, idle;
+
+    port::mutex m;
+    std::map<std::string, entry> active;  // m: rows that have a row task
+    sched_core* control = nullptr;        // m, set once; a reference
+    port::atomic<bool> stopping{false};   // set under m; what stop_ holds is fixed before
+    time_point grace_until = never, close_at = never;
+    port::atomic<bool> rewalk{false};
+
+    // -- control --
+    std::uint64_t lives = 0;
+    std::size_t undecided = 0;  // claims that are not answered
+    bool more = false;          // the walk ended for want of a slot; it goes on after cursor
+    std::string cursor;
+    time_point next_thorough = (time_point::min)();
+    join_handle<> resumer, maintenance;
+    bool has_resumer = false;
+    std::optional<process_work_report> ended;
+
+    explicit process_engine(durable_process_worker_config config)
+        : c(std::move(config)), host(host_process::here()), instance(new_instance(c.owner)), slots(c.concurrency) {
+        if (c.owner.id.empty()) c.owner.id = c.name.empty() ? "process-worker" : c.name;
+        if (c.owner.boot.empty()) c.owner.boot = host.boot, c.owner.pid = host.pid, c.owner.started = host.started;
+    }
+    ~process_engine() {
+        if (control != nullptr) control->drop_ref();
+    }
+    static std::string new_instance(const process_owner& o) { return o.incarnation.empty() ? unique_source().token() : o.incarnation; }
+    static bool works(const durable_process_worker_config& c) noexcept {
+        return c.registry != nullptr && c.handler && c.concurrency > 0 && c.page_size > 0 && c.renew_every > duration::zero() &&
+               c.lease_ttl / 3 >= c.renew_every && c.shutdown_grace >= duration::zero() && c.close_timeout >= duration::zero();
+    }
+
+    time_point now() const noexcept { return control->now(); }
+    bool is_stopping() const noexcept { return stopping.load(std::memory_order_acquire); }
+    /// The lease is taken for ours only until a margin before its end, counted from before the call that got it: the store
+    /// counts from later.
+    duration margin() const noexcept { return (std::min)((std::max)(duration(std::chrono::seconds(1)), c.lease_ttl / 10), c.lease_ttl / 4); }
+    void trust(process_attempt& a, time_point asked) const noexcept {
+        const clock::rep until = deadline_after(asked, c.lease_ttl - margin()).time_since_epoch().count();
+        if (until > a.trusted.load(std::memory_order_relaxed)) a.trusted.store(until, std::memory_order_release);
+    }
+    static time_point trusted_until(const process_attempt& a) noexcept { return time_point(duration(a.trusted.load(std::memory_order_acquire))); }
+    void report(std::string_view operation, std::string_view id, const process_error& e, const process_outcome* outcome = nullptr) const noexcept {
+        report_fault(c.on_fault, operation, id, e, outcome);
+    }
+    void lose(process_attempt& a, const process_error& why, const process_outcome* outcome = nullptr) const noexcept {
+        if (!a.lost.exchange(true, std::memory_order_acq_rel)) report("lease", a.id, why, outcome);
+        a.token.cancel();
+    }
+    /// No use asking again with the same arguments.
+    static bool definite(const process_error& e) noexcept {
+        const process_errc k = e.code();
+        return k != process_errc::failed && k != process_errc::io && k != process_errc::locked && k != process_errc::retry && k != process_errc::cancelled;
+    }
+    bool ours(const process_owner& o) const noexcept {
+        return o.id == c.owner.id && o.incarnation.size() > instance.size() && o.incarnation[instance.size()] == '.' && o.incarnation.starts_with(instance);
+    }
+    bool is_active(const std::string& id) noexcept {
+        port::unique_lock l(m);
+        return active.count(id) != 0;
+    }
+    std::shared_ptr<process_attempt> find(const std::string& id) noexcept {
+        port::unique_lock l(m);
+        const auto i = active.find(id);
+        return i != active.end() ? i->second.attempt : nullptr;
+    }
+    /// Visits what is active, without the lock.
+    template <class V> void each_active(V visit) {
+        std::shared_ptr<process_attempt> a;
+        for (;;) {
+            {
+                port::unique_lock l(m);
+                const auto i = a == nullptr ? active.begin() : active.upper_bound(a->id);
+                if (i == active.end()) return;
+                a = i->second.attempt;
+            }
+            visit(*a);
+        }
+    }
+    /// The first scheduler that drives the worker is the control scheduler.
+    std::optional<process_error> enter() {
+        sched_core* const here = current_core();
+        bool mine = false;
+        {
+            port::unique_lock l(m);
+            if (control == nullptr) {
+                control = here;
+                here->add_ref();
+            }
+            mine = control == here;
+        }
+        if (!mine) return process_error(process_errc::invalid, "a worker is driven on one scheduler only");
+        if (is_stopping()) return process_error(process_errc::closed);
+        if (!has_resumer) {
+            resumer = spawn_on(control, resume_walks(shared_from_this()), spawn_options{"process walk"}, __builtin_FILE(), __builtin_LINE());
+            has_resumer = true;
+        }
+        return std::nullopt;
+    }
+
+    // ---- the walk ----
+    /// Whether a row is worth a claim, by what the page says. A page may be old: it only saves claims, it decides nothing.
+    /// A thorough walk also looks for holders that died.
+    bool worth(const process_record& r, bool thorough) const {
+        if (r.terminal() || r.ready_in > duration::zero() || (r.leased && !thorough)) return false;
+        if (r.abandon_request) return true;
+        if (r.disposition == process_disposition::externally_owned) return false;
+        if (r.disposition != process_disposition::owner_bound || !r.first_started) return true;
+        const process_owner& o = r.first_started->owner;
+        return r.holder_dead || ours(o) || (thorough && host.knows_dead(o));
+    }
+    void launch(const std::string& id, semaphore_permit slot, bool drain) {
+        auto a = std::make_shared<process_attempt>(shared_from_this(), id);
+        a->slot = std::move(slot);
+        a->owner = c.owner;
+        a->owner.incarnation = instance + "." + std::to_string(++lives);
+        a->drain.store(drain, std::memory_order_relaxed);
+        {
+            port::unique_lock l(m);
+            active.emplace(id, entry{a, {}});
+        }
+        ++undecided;
+        row_ticket ticket(a);
+        join_handle<> h = spawn_on(control, row(std::move(ticket)), spawn_options{id}, __builtin_FILE(), __builtin_LINE());
+        port::unique_lock l(m);
+        if (const auto i = active.find(id); i != active.end()) i->second.row = std::move(h);
+    }
+    void decide(process_attempt& a) noexcept {
+        if (std::exchange(a.decided, true)) return;
+        --undecided;
+        decided.notify_one();
+    }
+    /// Goes on after `cursor`. Ends at the end of the rows, or when every slot is taken.
+    task<result<void>> walk(bool thorough) {
+        constexpr duration patience = std::chrono::seconds(1);  // with claims that are not answered
+        more = false;
+        for (;;) {
+            if (is_stopping()) co_return result<void>();
+            const process_page page(cursor, c.page_size);
+            const auto call = [&] { return c.registry->list_non_terminal(page); };
+            auto listing = contained<std::vector<process_record>>(call);
+            result<std::vector<process_record>> rows = co_await listing;
+            if (!rows) {
+                report("list_non_terminal", {}, rows.error());
+                co_return rtb::unexpected(std::move(rows).error());
+            }
+            std::string last = cursor;
+            for (process_record& r : *rows) {
+                if (r.id.empty()) {
+                    report("list_non_terminal", {}, process_error(process_errc::invalid, "a row without an id"));
+                    continue;
+                }
+                if (worth(r, thorough) && !is_active(r.id)) {
+                    std::optional<semaphore_permit> slot = slots.try_acquire();
+                    while (!slot && undecided != 0 && !is_stopping()) {
+                        const auto first = co_await when_any(decided.wait(), sleep_for(patience));
+                        slot = slots.try_acquire();
+                        if (first.index() == 1) break;
+                    }
+                    if (is_stopping()) co_return result<void>();
+                    if (!slot) {
+                        more = true;
+                        cursor = std::move(last);
+                        co_return result<void>();
+                    }
+                    launch(r.id, std::move(*slot), false);
+                }
+                if (r.id > last) last = r.id;
+            }
+            if (rows->size() >= c.page_size && last == cursor) {
+                report("list_non_terminal", {}, process_error(process_errc::invalid, "a full page without an id after the cursor"));
+                break;
+            }
+            cursor = std::move(last);
+            if (rows->size() < c.page_size) break;
+        }
+        while (undecided != 0 && !is_stopping()) {
+            const auto first = co_await when_any(decided.wait(), sleep_for(patience));
+            if (first.index() == 1) break;
+        }
+        co_return result<void>();
+    }
+    static task<result<void>> drive(std::shared_ptr<process_engine> self) {
+        if (std::optional<process_error> no = self->enter()) co_return rtb::unexpected(std::move(*no));
+        const semaphore_permit turn = co_await self->walk_lock.acquire();
+        self->cursor.clear();
+        const bool thorough = self->now() >= self->next_thorough;
+        if (thorough) self->next_thorough = deadline_after(self->now(), self->c.renew_every);
+        auto walking = self->walk(thorough);
+        result<void> r = co_await walking;
+        if (thorough && self->maintenance.done() && !self->is_stopping())
+            self->maintenance = spawn_on(self->control, maintain(self), spawn_options{"process maintenance"}, __builtin_FILE(), __builtin_LINE());
+        co_return std::move(r);
+    }
+    static task<> maintain(std::shared_ptr<process_engine> self) {
+        const auto call = [&] { return self->c.registry->maintain(); };
+        auto keeping = contained<void>(call);
+        const result<void> r = co_await keeping;
+        if (!r) self->report("maintain", {}, r.error());
+    }
+    static task<> resume_walks(std::shared_ptr<process_engine> self) {
+        for (;;) {
+            co_await self->freed.wait();
+            if (self->is_stopping()) co_return;
+            if (!self->more && !self->rewalk.load(std::memory_order_acquire)) continue;
+            const semaphore_permit turn = co_await self->walk_lock.acquire();
+            if (self->rewalk.exchange(false, std::memory_order_acq_rel)) {
+                self->more = true;
+                self->cursor.clear();
+            }
+            if (!self->more || self->is_stopping()) continue;
+            const auto call = [&] { return self->walk(false); };
+            auto walking = contained<void>(call);
+            const result<void> r = co_await walking;  // the walk has reported it
+            static_cast<void>(r);
+        }
+    }
+
+    // ---- one row ----
+    enum class verdict { leave, run, reconcile, cancel, give_up, sweep };
+    verdict judge(const process_attempt& a) const {
+        const process_record& r = a.record;
+        if (r.terminal()) return verdict::leave;
+        if (r.abandon_request) return verdict::reconcile;
+        if (r.disposition == process_disposition::rerunnable) {
+            if (r.cancel_request || a.cancel_requested.load(std::memory_order_acquire)) return verdict::cancel;
+            return r.attempts < r.max_attempts ? verdict::run : verdict::give_up;
+        }
+        if (r.disposition != process_disposition::owner_bound) return verdict::leave;
+        if (!r.first_started) return r.cancel_request || a.cancel_requested.load(std::memory_order_acquire) ? verdict::cancel : verdict::run;
+        // A body of this worker that is not active has ended: its row task outlives it.
+        return r.holder_dead || ours(r.first_started->owner) || host.knows_dead(r.first_started->owner) ? verdict::sweep : verdict::leave;
+    }
+    static task<> row(row_ticket ticket) {
+        process_attempt& a = *ticket.attempt();
+        process_engine& e = *a.engine;
+        const auto call = [&] { return e.steps(a); };
+        auto going = contained<void>(call);
+        const result<void> r = co_await going;
+        if (!r) e.report("run", a.id, r.error());
+    }
+    /// True: the lease is ours and a.record is the row as it was claimed.
+    task<bool> take(process_attempt& a) {
+        std::optional<process_lease> dead_holder;
+        for (std::uint32_t tries = 1;; ++tries) {
+            const time_point asked = now();
+            const auto claim = [&] { return c.registry->claim(a.id, a.owner, c.lease_ttl); };
+            const auto reclaim = [&] { return c.registry->reclaim(a.id, a.owner, *dead_holder, c.lease_ttl); };
+            auto asking = dead_holder ? contained<claim_result>(reclaim) : contained<claim_result>(claim);
+            result<claim_result> r = co_await asking;
+            if (r && r->busy() && !dead_holder && host.knows_dead(r->lease().owner)) {
+                dead_holder = r->lease();
+                continue;
+            }
+            decide(a);
+            if (r) {
+                if (r->terminal()) completions->ended(a.id);
+                if (!r->acquired()) co_return false;
+                a.lease = r->lease();
+                a.record = r->record();
+                if (a.lease.cancel_requested || a.record.cancel_request) a.cancel_requested.store(true, std::memory_order_release);
+                trust(a, asked);
+                co_return true;
+            }
+            report(dead_holder ? "reclaim" : "claim", a.id, r.error());
+            // The same incarnation asks again: if the claim happened and only its answer was lost, it finds its own lease.
+            if (definite(r.error()) || tries == 3 || is_stopping()) co_return false;
+            co_await sleep_for(tries * std::chrono::milliseconds(25));
+        }
+    }
+    task<result<void>> steps(process_attempt& a) {
+        auto taking = take(a);
+        const bool taken = co_await taking;
+        if (!taken) co_return result<void>();
+        std::optional<process_outcome> end;
+        switch (judge(a)) {
+            case verdict::run: {
+                auto starting = start(a);
+                const bool started = co_await starting;
+                if (!started) co_return result<void>();
+                auto running = run(a);
+                result<void> ran = co_await running;
+                co_return std::move(ran);
+            }
+            case verdict::leave: break;
+            case verdict::reconcile: end = process_outcome::abandoned(process_abandoner::reconciled, a.record.abandon_request->reason); break;
+            case verdict::cancel: end = process_outcome::cancelled(a.record.cancel_request ? a.record.cancel_request->reason : std::string()); break;
+            case verdict::give_up: end = process_outcome::abandoned(process_abandoner::gave_up, "no attempt is left"); break;
+            case verdict::sweep:
+                end = process_outcome::abandoned(a.drain.load(std::memory_order_acquire) ? process_abandoner::owner_drain : process_abandoner::sweep,
+                                                 "started, and its owner is gone");
+                break;
+        }
+        if (end) {
+            auto ending = complete(a, std::move(*end));
+            co_await ending;
+        } else {
+            auto giving = release(a, false, {});
+            co_await giving;
+        }
+        co_return result<void>();
+    }
+    /// Until the store has answered, or the lease can't be trusted any more. Waits between errors.
+    template <class T, class F> task<std::optional<result<T>>> insist(process_attempt& a, const char* operation, F call) {
+        duration pause = std::chrono::milliseconds(25);
+        while (!a.lost.load(std::memory_order_acquire) && now() < trusted_until(a)) {
+            auto asking = contained<T>(call);
+            result<T> r = co_await asking;
+            if (r) co_return std::move(r);
+            report(operation, a.id, r.error());
+            if (definite(r.error())) co_return std::move(r);
+            co_await sleep_until((std::min)(deadline_after(now(), pause), trusted_until(a)));
+            pause = (std::min)(pause * 2, duration(std::chrono::seconds(1)));
+        }
+        co_return std::nullopt;
+    }
+    task<> release(process_attempt& a, bool refund, duration delay) {
+        const auto call = [&a, refund, delay] { return a.engine->c.registry->release(a.lease, refund, delay); };
+        auto asking = insist<void>(a, "release", call);
+        const std::optional<result<void>> r = co_await asking;
+        static_cast<void>(r);  // reported; the lease expires
+    }
+    task<> complete(process_attempt& a, process_outcome outcome) {
+        for (bool replaced = false;;) {
+            const auto call = [&a, &outcome] { return a.engine->c.registry->complete_with_lease(a.lease, outcome); };
+            auto asking = insist<process_record>(a, "complete_with_lease", call);
+            const std::optional<result<process_record>> r = co_await asking;
+            if (r && *r) {
+                a.abandoned = outcome.status() == process_status::abandoned;
+                completions->ended(a.id);
+                co_return;
+            }
+            const process_error why = r ? r->error() : process_error(process_errc::superseded, "the lease ran out before the end was stored");
+            lose(a, why, &outcome);
+            if (why != process_errc::invalid || replaced || outcome.status() == process_status::abandoned) co_return;
+            // The registry does not take this text, of which the fault has a copy: the row must not run again for that.
+            replaced = true;
+            a.lost.store(false, std::memory_order_release);
+            outcome = process_outcome::failed(std::string("the registry refused what the process ended with: ") + why.what());
+        }
+    }
+    /// The start is durable before the body runs.
+    task<bool> start(process_attempt& a) {
+        if (is_stopping()) {
+            auto giving = release(a, false, {});
+            co_await giving;
+            co_return false;
+        }
+        const auto call = [&a] { return a.engine->c.registry->record_first_started(a.lease); };
+        auto asking = insist<process_record>(a, "record_first_started", call);
+        std::optional<result<process_record>> r = co_await asking;
+        if (r && *r) {
+            a.record = std::move(**r);
+            if (a.record.cancel_request) a.cancel_requested.store(true, std::memory_order_release);
+            co_return true;
+        }
+        if (r && r->error() != process_errc::superseded) {
+            auto giving = release(a, false, {});
+            co_await giving;
+        } else {
+            lose(a, process_error(process_errc::superseded, "the lease was lost before the body started"));
+        }
+        co_return false;
+    }
+    static task<process_text> body(std::shared_ptr<process_attempt> a);
+    static task<result<process_lease>> renewal(std::shared_ptr<process_attempt> a) {
+        const auto call = [&] { return a->engine->c.registry->renew(a->lease, a->engine->c.lease_ttl); };
+        auto asking = contained<process_lease>(call);
+        result<process_lease> r = co_await asking;
+        co_return std::move(r);
+    }
+    task<result<void>> run(process_attempt& a) {
+        const std::shared_ptr<process_attempt> shared = find(a.id);
+        if (is_stopping()) {
+            auto ending = interrupted(a);
+            co_await ending;
+            co_return result<void>();
+        }
+        a.started = true;
+        if (a.cancel_requested.load(std::memory_order_acquire)) a.token.cancel();
+        a.body = c.bodies != nullptr ? c.bodies->spawn(body(shared), spawn_options{a.id})
+                                     : spawn_on(control, body(shared), spawn_options{a.id}, __builtin_FILE(), __builtin_LINE());
+
+        cancelling_handle<result<process_lease>> renew;
+        bool renewing = false, destroyed = false;
+        unsigned failures = 0;
+        time_point asked = now(), renew_at = deadline_after(asked, c.renew_every), destroy_at = never;
+        std::optional<expected<process_text, join_error>> got;
+        while (!got) {
+            const time_point t = now();
+            if (!a.lost.load(std::memory_order_relaxed) && t >= trusted_until(a))
+                lose(a, process_error(process_errc::superseded, "the lease was not renewed in time"));
+            const bool lost = a.lost.load(std::memory_order_relaxed);
+            if (a.drain.load(std::memory_order_acquire) && a.record.disposition == process_disposition::owner_bound) a.draining = true;
+            if (destroy_at == never && (lost || a.draining || is_stopping())) {
+                destroy_at = is_stopping() ? grace_until : deadline_after(t, c.shutdown_grace);
+                a.token.cancel();
+            }
+            if (is_stopping()) destroy_at = (std::min)(destroy_at, grace_until);
+            if (!destroyed && t >= destroy_at) {
+                destroyed = true;
+                a.body.cancel();
+            }
+            if (!lost && !renewing && t >= renew_at) {
+                renewing = true;
+                asked = t;
+                renew.h = spawn_on(control, renewal(shared), spawn_options{"renew"}, __builtin_FILE(), __builtin_LINE());
+            }
+            time_point until = destroyed ? never : destroy_at;
+            if (!lost) until = (std::min)(until, trusted_until(a));
+            if (!lost && !renewing) until = (std::min)(until, renew_at);
+            if (!renewing) {
+                auto first = co_await when_any(a.body, a.wake.wait(), sleep_until(until));
+                if (first.index() == 0) got.emplace(std::move(first).template get<0>());
+                continue;
+            }
+            auto first = co_await when_any(a.body, renew.h, a.wake.wait(), sleep_until(until));
+            if (first.index() == 0) got.emplace(std::move(first).template get<0>());
+            if (first.index() != 1) continue;
+            renewing = false;
+            expected<result<process_lease>, join_error> answer = std::move(first).template get<1>();
+            if (!answer) {  // the scheduler is being destroyed
+                renew_at = never;
+            } else if (*answer) {
+                failures = 0;
+                renew_at = deadline_after(asked, c.renew_every);
+                if (a.lost.load(std::memory_order_relaxed)) continue;  // too late to be believed
+                trust(a, asked);
+                if ((**answer).cancel_requested) a.request_cancel();
+            } else {
+                report("renew", a.id, answer->error());
+                if (definite(answer->error())) lose(a, answer->error());
+                renew_at = deadline_after(now(), backoff_after(retry_policy{1, c.renew_every / 8, c.renew_every / 2}, ++failures));
+            }
+        }
+        auto ending = finish(a, std::move(*got));
+        co_await ending;
+        if (renewing) {
+            a.slot.release();
+            freed.notify_one();
+            auto answer = co_await renew.h;  // not destroyed half-way; its answer matters no more
+            static_cast<void>(answer);
+        }
+        co_return result<void>();
+    }
+    /// The body did not come to an end of its own: a re-runnable row gets its attempt back.
+    task<> interrupted(process_attempt& a) {
+        if (a.record.disposition == process_disposition::rerunnable) return release(a, true, {});
+        return complete(a, process_outcome::abandoned(process_abandoner::owner_drain, "its owner stopped"));
+    }
+    task<> finish(process_attempt& a, expected<process_text, join_error> got) {
+        const bool stops = is_stopping() || a.draining;
+        const bool cancel = a.cancel_requested.load(std::memory_order_acquire);
+        std::optional<process_outcome> end;
+        std::optional<process_error> again;
+        if (got && *got) {
+            end = process_outcome::completed(std::move(**got));
+        } else if (got && got->error() != process_errc::retry) {
+            if (got->error() != process_errc::cancelled || (!cancel && !stops))
+                end = process_outcome::failed(got->error().what());
+            else if (cancel)
+                end = process_outcome::cancelled(got->error().what());
+        } else if (got) {
+            again = std::move(*got).error();
+        } else if (got.error() == join_errc::failed) {
+            again = process_error(got.error().cause());
+        }
+        if (again) report("body", a.id, *again);
+        if (a.lost.load(std::memory_order_acquire)) {  // reported; a lost lease never writes
+            if (end) report("lease", a.id, process_error(process_errc::superseded, "the body ended after its lease was lost"), &*end);
+            co_return;
+        }
+        const bool may_repeat = a.record.disposition == process_disposition::rerunnable && a.record.attempts < a.record.max_attempts;
+        if (again && !stops && !may_repeat) end = process_outcome::abandoned(process_abandoner::gave_up, again->what());
+        if (end) {
+            auto ending = complete(a, std::move(*end));
+            co_await ending;
+        } else if (again && !stops) {
+            const duration delay = cancel ? duration::zero() : backoff_after(c.retry, a.record.attempts);
+            auto giving = release(a, false, delay);
+            co_await giving;
+        } else {
+            auto ending = interrupted(a);
+            co_await ending;
+        }
+    }
+    void row_over(process_attempt& a) noexcept {
+        decide(a);
+        a.body.cancel();  // still there only if this row task is being destroyed
+        if (a.body.done()) a.slot.release();
+        a.lost.store(true, std::memory_order_release);
+        entry gone;
+        bool last = false;
+        {
+            port::unique_lock l(m);
+            const auto i = active.find(a.id);
+            if (i != active.end() && i->second.attempt.get() == &a) {
+                gone = std::move(i->second);
+                active.erase(i);
+            }
+            last = active.empty();
+        }
+        a.over.cancel();
+        freed.notify_one();
+        if (last) idle.notify_one();
+    }
+
+    // ---- for users ----
+    static task<result<process_record>> run_one(std::shared_ptr<process_engine> self, std::string id) {
+        if (std::optional<process_error> no = self->enter()) co_return rtb::unexpected(std::move(*no));
+        std::shared_ptr<process_attempt> a = self->find(id);
+        if (a == nullptr) {
+            semaphore_permit slot = co_await self->slots.acquire();
+            if (self->is_stopping()) co_return rtb::unexpected(process_error(process_errc::closed));
+            a = self->find(id);
+            if (a == nullptr) {
+                self->launch(id, std::move(slot), false);
+                a = self->find(id);
+            }
+        }
+        if (a != nullptr) co_await a->over.cancelled();
+        const auto call = [&] { return self->c.registry->try_get(id); };
+        auto reading = contained<std::optional<process_record>>(call);
+        result<std::optional<process_record>> r = co_await reading;
+        if (!r) co_return rtb::unexpected(std::move(r).error());
+        if (!*r) co_return rtb::unexpected(process_error(process_errc::not_found));
+        co_return std::move(**r);
+    }
+    static task<result<process_record>> cancel_one(std::shared_ptr<process_engine> self, std::string id, std::string reason) {
+        const auto call = [&] { return self->c.registry->request_cancel(id, reason); };
+        auto asking = contained<process_record>(call);
+        result<process_record> r = co_await asking;
+        if (!r) co_return std::move(r);
+        if (const std::shared_ptr<process_attempt> a = self->find(id)) a->request_cancel();
+        co_return std::move(r);
+    }
+    static task<result<std::size_t>> drain_owner_bound(std::shared_ptr<process_engine> self) {
+        if (std::optional<process_error> no = self->enter()) co_return rtb::unexpected(std::move(*no));
+        std::size_t n = 0;
+        std::vector<std::shared_ptr<process_attempt>> wait_for;
+        self->each_active([&](process_attempt& a) {
+            if (!a.started || a.record.disposition != process_disposition::owner_bound) return;
+            a.drain.store(true, std::memory_order_release);
+            a.wake.notify_one();
+            if (auto shared = self->find(a.id)) wait_for.push_back(std::move(shared));
+        });
+        for (std::size_t i = 0; i < wait_for.size(); ++i) {
+            co_await wait_for[i]->over.cancelled();
+            n += wait_for[i]->abandoned ? 1 : 0;
+        }
+        for (std::string after;;) {
+            const process_page page(after, self->c.page_size);
+            const auto call = [&] { return self->c.registry->list_non_terminal(page); };
+            auto listing = contained<std::vector<process_record>>(call);
+            result<std::vector<process_record>> rows = co_await listing;
+            if (!rows) co_return rtb::unexpected(std::move(rows).error());
+            const std::string before = after;
+            for (const process_record& r : *rows) {
+                if (r.id > after) after = r.id;
+                if (r.disposition != process_disposition::owner_bound || !r.first_started || r.leased || !self->ours(r.first_started->owner)) continue;
+                semaphore_permit slot = co_await self->slots.acquire();
+                if (self->is_stopping()) co_return rtb::unexpected(process_error(process_errc::closed));
+                if (self->is_active(r.id)) continue;
+                self->launch(r.id, std::move(slot), true);
+                const std::shared_ptr<process_attempt> a = self->find(r.id);
+                if (a == nullptr) continue;
+                co_await a->over.cancelled();
+                n += a->abandoned ? 1 : 0;
+            }
+            if (rows->size() < self->c.page_size || after == before) co_return n;
+        }
+    }
+    /// The slot is free while its body waits; whoever waited for one longer goes first.
+    static task<result<process_record>> await_other(process_attempt* a, std::string id) {
+        process_engine& e = *a->engine;
+        if (id == a->id) co_return rtb::unexpected(process_error(process_errc::would_deadlock, "a process waits for its own end"));
+        a->slot.release();
+        e.rewalk.store(true, std::memory_order_release);
+        e.freed.notify_one();
+        const auto call = [&] { return await_process(e.c.registry, e.completions, id, e.c.on_fault); };
+        result<process_record> r = rtb::unexpected(process_error(process_errc::cancelled));
+        {
+            auto waiting = contained<process_record>(call);
+            auto first = co_await when_any(std::move(waiting), a->token.cancelled());
+            if (first.index() == 0) r = std::move(first).template get<0>();
+        }
+        const semaphore_permit one_at_a_time = co_await a->reacquire.acquire();
+        if (a->slot.count() == 0) a->slot = co_await e.slots.acquire();
+        co_return std::move(r);
+    }
+
+    // ---- the end ----
+    void begin_stop() noexcept {
+        {
+            port::unique_lock l(m);
+            if (stopping.load(std::memory_order_relaxed)) return;
+            if (!active.empty() || has_resumer) {
+                const time_point t = now();
+                grace_until = deadline_after(t, c.shutdown_grace);
+                close_at = deadline_after(t, (std::max)(c.close_timeout, c.shutdown_grace));
+            }
+            stopping.store(true, std::memory_order_release);
+        }
+        each_active([](process_attempt& a) {
+            if (a.started) a.token.cancel();
+            a.wake.notify_one();
+        });
+        freed.notify_one();
+        decided.notify_one();
+    }
+    bool all_over() noexcept {
+        port::unique_lock l(m);
+        return active.empty();
+    }
+    static task<process_work_report> stop(std::shared_ptr<process_engine> self) {
+        self->begin_stop();
+        const semaphore_permit turn = co_await self->stop_lock.acquire();
+        if (self->ended) co_return *self->ended;
+        process_work_report report;
+        if (self->control != nullptr) {
+            while (!self->all_over()) {
+                const auto first = co_await when_any(self->idle.wait(), sleep_until(self->close_at));
+                if (first.index() == 1) break;
+            }
+            join_handle<>* const helpers[] = {&self->resumer, &self->maintenance};
+            for (std::size_t i = 0; i < 2; ++i) {
+                const auto first = co_await when_any(*helpers[i], sleep_until(self->close_at));
+                if (first.index() == 1) helpers[i]->cancel();
+            }
+            self->each_active([&](process_attempt& a) {
+                if (a.started && !a.body.done()) report.stuck = true;
+                report.left.push_back(a.id);
+            });
+            for (const std::string& id : report.left) {
+                join_handle<> row;
+                {
+                    port::unique_lock l(self->m);
+                    if (const auto i = self->active.find(id); i != self->active.end()) row = std::move(i->second.row);
+                }
+                row.cancel();
+            }
+            while (!self->all_over()) {
+                const auto first = co_await when_any(self->idle.wait(), sleep_for(std::chrono::milliseconds(100)));
+                if (first.index() == 1) break;
+            }
+        }
+        self->ended = report;
+        co_return report;
+    }
+};
+inline bool process_attempt::still_owner() const noexcept {
+    return !lost.load(std::memory_order_acquire) && engine->now() < process_engine::trusted_until(*this);
+}
+inline row_ticket::~row_ticket() {
+    if (a_ != nullptr) a_->engine->row_over(*a_);
+}
+}  // namespace detail
+
+/// What a body sees of its process.
+///
+/// Lifetime  the body's: references to it end with the body.
+/// Threads   the body's scheduler; token(), still_owner() and cancel_requested() from any thread.
+class process_context : detail::immovable {
+    detail::process_attempt& a_;
+    friend struct detail::process_engine;
+    explicit process_context(detail::process_attempt& a) noexcept : a_(a) {}
+
+public:
+    const std::string& id() const noexcept { return a_.record.id; }
+    const std::string& kind() const noexcept { return a_.record.kind; }
+    const std::string& input() const noexcept { return a_.record.input; }
+    /// 1 for the first start.
+    std::uint32_t attempt() const noexcept { return a_.record.attempts; }
+    /// Pass it to systems that can refuse an older number: they are then safe from an owner that does not know its lease is over.
+    std::uint64_t fence() const noexcept { return a_.lease.fence; }
+    /// Cancelled when the process is to be cancelled, the lease is lost, or the worker stops. A body that goes on after
+    /// a lost lease or a stop is destroyed after shutdown_grace.
+    cancellation_token token() const noexcept { return a_.token; }
+    bool cancel_requested() const noexcept { return a_.cancel_requested.load(std::memory_order_acquire); }
+    /// False once somebody else may own the process: ask before effects that must not happen twice.
+    bool still_owner() const noexcept { return a_.still_owner(); }
+    const std::shared_ptr<process_registry>& registry() const noexcept;
+    /// co_await: expected<process_record, process_error>: another process at its end. The slot is given back meanwhile, and
+    /// taken again before the body goes on. Errors    not_found; cancelled when the token is; would_deadlock for its own id.
+    task<expected<process_record, process_error>> await_terminal(std::string id) { return detail::process_engine::await_other(&a_, std::move(id)); }
+};
+inline const std::shared_ptr<process_registry>& process_context::registry() const noexcept { return a_.engine->c.registry; }
+
+inline task<detail::process_text> detail::process_engine::body(std::shared_ptr<process_attempt> a) {
+    process_context context(*a);
+    task<process_text> t = a->engine->c.handler(context);
+    process_text r = co_await t;
+    co_return std::move(r);
+}
+
+/// Claims the rows of a registry and runs their bodies, `concurrency` at a time. At most one fenced-valid owner at a time;
+/// exactly one terminal record per row, ever; bodies of re-runnable rows run at least once, of owner-bound rows at most once.
+///
+/// An end that a body returns is stored: its text as completed, its error as failed (process_errc::cancelled after a cancel
+/// request: cancelled). An exception, or process_errc::retry, is retried after the waits of `retry` up to the row's
+/// max_attempts, then abandoned. A row whose abandonment is requested is abandoned once nobody holds it.
+/// The lease is renewed while the body runs. Errors of the store are retried until the lease can't be trusted any more
+/// (lease_ttl less a margin of min(max(1 s, ttl/10), ttl/4), from before the last good renewal); then, or as soon as somebody
+/// else owns the row, the body's token is cancelled, still_owner() is false, and nothing is written.
+///
+/// Errors    config that can't work (no registry, no handler, 0, lease_ttl < 3 * renew_every): std::invalid_argument.
+/// Threads   its tasks run on one scheduler, the first that drives it; request_cancel() on any. A body that computes for
+///           longer than the lease needs `bodies` on another thread: on the same scheduler nobody renews meanwhile.
+/// Lifetime  the destructor stops it as stop() does, without waiting. Rows keep what they need.
+class durable_process_worker : detail::immovable {
+    std::shared_ptr<detail::process_engine> e_;
+    friend class inline_process_run_handle;
+
+    static durable_process_worker_config checked(durable_process_worker_config c) {
+        if (!detail::process_engine::works(c))
+            RTB_DETAIL_THROW(std::invalid_argument("rtb::durable_process_worker: bad config"), "durable_process_worker: bad config");
+        return c;
+    }
+
+public:
+    explicit durable_process_worker(durable_process_worker_config config) : e_(std::make_shared<detail::process_engine>(checked(std::move(config)))) {}
+    ~durable_process_worker() { e_->begin_stop(); }
+    static expected<std::shared_ptr<durable_process_worker>, std::error_code> create(durable_process_worker_config config) {
+        if (!detail::process_engine::works(config)) return rtb::unexpected(std::make_error_code(std::errc::invalid_argument));
+        return std::make_shared<durable_process_worker>(std::move(config));
+    }
+    /// Looks through the rows and claims what can be run. Returns when the claimed rows are launched, or every slot is taken;
+    /// a freed slot then goes on with the walk at once.
+    task<expected<void, process_error>> drive_pending() { return detail::process_engine::drive(e_); }
+    /// Runs one process here, now, if it can be claimed; its record afterwards, whatever became of it.
+    task<expected<process_record, process_error>> run(std::string id) { return detail::process_engine::run_one(e_, std::move(id)); }
+    /// Marks the process, whoever runs it; a body here gets its token at once, elsewhere with the next renewal.
+    task<expected<process_record, process_error>> request_cancel(std::string id, std::string reason = {}) {
+        return detail::process_engine::cancel_one(e_, std::move(id), std::move(reason));
+    }
+    /// Abandons the owner-bound processes that this worker started, after their token and shutdown_grace; how many.
+    task<expected<std::size_t, process_error>> drain_owner_bound() { return detail::process_engine::drain_owner_bound(e_); }
+    /// For good: bodies get their token, then shutdown_grace, then they are destroyed; re-runnable rows get the attempt back,
+    /// owner-bound ones are abandoned. Waits for the registry until close_timeout, and leaves the rest to lease expiry.
+    task<process_work_report> stop() { return detail::process_engine::stop(e_); }
+    std::size_t active() const noexcept {
+        detail::port::unique_lock l(e_->m);
+        return e_->active.size();
+    }
+    const std::shared_ptr<process_registry>& registry() const noexcept { return e_->c.registry; }
+};
+
+/// What a runner drives. Derive from it to put something in front of a worker.
+class process_run_handle {
+public:
+    virtual ~process_run_handle() = default;
+    virtual task<expected<void, process_error>> claim_and_run_pending() = 0;
+    /// The end of the work, within close_timeout().
+    virtual task<process_work_report> stop() { co_return process_work_report{}; }
+    virtual duration close_timeout() const noexcept { return std::chrono::seconds(30); }
+    virtual std::string name() const { return "processes"; }
+    /// Own-thread mode: a handle that wants one gets a second thread for its bodies before the first drive.
+    virtual bool wants_bodies() const noexcept { return false; }
+    virtual void use_bodies(scheduler&) {}
+    /// Who is told when a process ends here; may be null.
+    virtual std::shared_ptr<process_completions> completions() const noexcept { return nullptr; }
+};
+
+/// Drives a durable_process_worker in this program.
+class inline_process_run_handle : public process_run_handle {
+    std::shared_ptr<durable_process_worker> w_;
+
+public:
+    explicit inline_process_run_handle(std::shared_ptr<durable_process_worker> worker) : w_(std::move(worker)) {
+        if (w_ == nullptr) RTB_DETAIL_THROW(std::invalid_argument("rtb::inline_process_run_handle: no worker"), "inline_process_run_handle: no worker");
+    }
+    explicit inline_process_run_handle(durable_process_worker_config config) : w_(std::make_shared<durable_process_worker>(std::move(config))) {}
+    const std::shared_ptr<durable_process_worker>& worker() const noexcept { return w_; }
+    task<expected<void, process_error>> claim_and_run_pending() override { return w_->drive_pending(); }
+    task<process_work_report> stop() override { return w_->stop(); }
+    duration close_timeout() const noexcept override { return (std::max)(w_->e_->c.close_timeout, w_->e_->c.shutdown_grace); }
+    std::string name() const override { return w_->e_->c.name.empty() ? process_run_handle::name() : w_->e_->c.name; }
+    bool wants_bodies() const noexcept override { return w_->e_->c.bodies == nullptr; }
+    void use_bodies(scheduler& s) override { w_->e_->c.bodies = &s; }
+    std::shared_ptr<process_completions> completions() const noexcept override { return w_->e_->completions; }
+};
+
+struct process_work_options {
+    duration poll_interval = std::chrono::milliseconds(400);
+    duration jitter{};  // each poll comes up to this much later
+    std::string name{};  // of the threads; default: the run handle's
+};
+
+namespace detail {
+struct process_runner : immovable {
+    const std::shared_ptr<process_run_handle> run;
+    const process_work_options o;
+    cancellation_token stop, over;  // `over` comes after `stop`
+    notify wanted;
+    const std::shared_ptr<process_completions> completions;
+    port::mutex m;
+    bool stopped = false;         // m: pokes are refused
+    process_work_report report;   // m
+    time_point give_up_at = never;  // m: when a runner that was told to stop counts as stuck
+    worker* control = nullptr;    // own-thread mode
+    worker* bodies = nullptr;
+
+    process_runner(std::shared_ptr<process_run_handle> r, process_work_options options, const cancellation_token& token)
+        : run(std::move(r)), o(std::move(options)), stop(token.child_token()), completions(run->completions()) {}
+    ~process_runner() {
+        for (worker* w : {control, bodies}) {
+            if (w == nullptr) continue;
+            w->core()->request_stop();
+            w->abandon();  // does nothing if it was joined
+            w->drop_ref();
+        }
+    }
+    bool poke() noexcept {
+        port::unique_lock l(m);
+        if (stopped) return false;
+        wanted.notify_one();
+        return true;
+    }
+    process_work_report result() {
+        port::unique_lock l(m);
+        return report;
+    }
+    void ended() noexcept {
+        {
+            port::unique_lock l(m);
+            stopped = true;
+        }
+        stop.cancel();
+        if (bodies != nullptr) bodies->core()->request_stop();
+        if (control != nullptr) control->core()->request_stop();
+        over.cancel();
+    }
+    /// A second for whoever does the last steps, besides the time that the work may take.
+    time_point last_moment() noexcept {
+        port::unique_lock l(m);
+        if (give_up_at == never) give_up_at = deadline_after(deadline_after(clock::now(), run->close_timeout()), std::chrono::seconds(1));
+        return give_up_at;
+    }
+    void set_stuck() noexcept {
+        port::unique_lock l(m);
+        report.stuck = stopped = true;
+    }
+    class end_guard {  // also when the loop's frame is destroyed before it ran
+        std::shared_ptr<process_runner> s_;
+
+    public:
+        explicit end_guard(std::shared_ptr<process_runner> s) noexcept : s_(std::move(s)) {}
+        end_guard(end_guard&&) noexcept = default;
+        end_guard& operator=(end_guard&&) = delete;
+        ~end_guard() {
+            if (s_ != nullptr) s_->ended();
+        }
+        process_runner* operator->() const noexcept { return s_.get(); }
+    };
+    static task<expected<void, process_error>> drive(std::shared_ptr<process_run_handle> run) {
+        const auto call = [&] { return run->claim_and_run_pending(); };
+        auto driving = contained<void>(call);
+        expected<void, process_error> r = co_await driving;
+        co_return std::move(r);
+    }
+    void drove(const expected<expected<void, process_error>, join_error>& r) noexcept {
+        const bool failed = r && !*r;
+        {
+            port::unique_lock l(m);
+            ++report.drives;
+            if (failed) ++report.failed_drives;
+        }
+        if (!failed || r->error() == process_errc::closed) return;
+        RTB_DETAIL_TRY { log(log_level::warning, "driving " + run->name() + " failed: " + r->error().what()); }
+        RTB_DETAIL_CATCH_ALL { log(log_level::warning, "a drive of processes failed"); }
+    }
+    static duration random_below(duration limit, std::uint64_t n, time_point seed) noexcept {
+        if (limit <= duration::zero()) return duration::zero();
+        const std::uint64_t r = mix_bits(n ^ mix_bits(static_cast<std::uint64_t>(seed.time_since_epoch().count())));
+        return duration(static_cast<clock::rep>(r % static_cast<std::uint64_t>(limit.count())));
+    }
+    static time_point core_now() noexcept { return current_core()->now(); }
+    static sched_core* here() noexcept { return current_core(); }
+
+    static task<> loop(end_guard s) {
+        sched_core* const core = here();
+        const time_point start = core_now();
+        time_point due = deadline_after(start, s->o.poll_interval);
+        std::uint64_t polls = 0;
+        cancelling_handle<expected<void, process_error>> driving;
+        while (!s->stop.is_cancelled()) {
+            driving.h = spawn_on(core, drive(s->run), spawn_options{"process drive"}, __builtin_FILE(), __builtin_LINE());
+            auto first = co_await when_any(driving.h, s->stop.cancelled());
+            if (first.index() == 1) break;
+            s->drove(std::move(first).template get<0>());
+            const time_point at = deadline_after(due, random_below(s->o.jitter, ++polls, start));
+            auto why = co_await when_any(s->stop.cancelled(), s->wanted.wait(), sleep_until(at));
+            if (why.index() != 2) continue;
+            const time_point t = core_now();
+            const bool late = elapsed(due, t) > (std::min)(duration(std::chrono::milliseconds(5)), s->o.poll_interval / 2) + s->o.jitter;
+            due = deadline_after(late ? t : due, s->o.poll_interval);
+        }
+        {
+            port::unique_lock l(s->m);
+            s->stopped = true;
+        }
+        const time_point deadline = deadline_after(core_now(), s->run->close_timeout());
+        const auto call = [&] { return stop_work(s->run); };
+        auto stopping = contained<process_work_report>(call);
+        expected<process_work_report, process_error> r = co_await stopping;
+        if (!driving.h.done()) {
+            const auto first = co_await when_any(driving.h, sleep_until(deadline));
+            if (first.index() == 1) driving.h.cancel();
+        }
+        if (!r) log(log_level::error, "stopping a process runner failed");
+        port::unique_lock l(s->m);
+        if (r) {
+            s->report.stuck = r->stuck;
+            s->report.left = std::move(r->left);
+        }
+    }
+    static task<expected<process_work_report, process_error>> stop_work(std::shared_ptr<process_run_handle> run) {
+        task<process_work_report> t = run->stop();
+        process_work_report r = co_await t;
+        co_return std::move(r);
+    }
+};
+}  // namespace detail
+
+/// Makes a runner look at the registry now. Copyable.
+/// Threads   any.
+class process_work_poke {
+    std::shared_ptr<detail::process_runner> s_;
+    friend class process_work_runner;
+    friend class process_work_driver;
+    explicit process_work_poke(std::shared_ptr<detail::process_runner> s) noexcept : s_(std::move(s)) {}
+
+public:
+    /// True: a sweep that starts after this call will come, one for any number of pokes, unless the runner is stopped before.
+    /// False: the runner is stopped. Never blocks; allocates nothing.
+    bool poke() const noexcept { return s_->poke(); }
+};
+
+/// Ends a runner and tells how it ended.
+///
+/// Result    join(), wait(), wait_for(): expected<process_work_report, join_error>. They do not cancel: cancel() does, or the token.
+///           would_deadlock on the runner's own threads; timed_out.
+/// Lifetime  the destructor of an own-thread handle cancels and waits, at most about close_timeout; what is stuck then is
+///           logged and left behind, with what it needs. That of a spawn_on handle cancels and does not wait. detach() opts out.
+/// Threads   one at a time; cancel() any.
+class process_work_handle {
+    std::shared_ptr<detail::process_runner> s_;
+    join_handle<> main_;
+    friend class process_work_runner;
+    process_work_handle(std::shared_ptr<detail::process_runner> s, join_handle<> main) noexcept : s_(std::move(s)), main_(std::move(main)) {}
+
+    using result = expected<process_work_report, join_error>;
+    void close() noexcept {
+        const std::shared_ptr<detail::process_runner> s = std::exchange(s_, nullptr);
+        if (s == nullptr) return;
+        if (s->control != nullptr && s->control->core()->forked()) {
+            static_cast<void>(new (std::nothrow) std::shared_ptr<detail::process_runner>(s));  // belongs to another process: left alone
+            return;
+        }
+        s->stop.cancel();
+        if (s->control == nullptr) return;
+        RTB_DETAIL_TRY {
+            const result r = wait_own(*s, detail::never);
+            if (!r || r->stuck) detail::log(log_level::error, "the process runner " + s->run->name() + " does not end; detached");
+        }
+        RTB_DETAIL_CATCH_ALL { detail::log(log_level::error, "a process runner could not be joined"); }
+    }
+    static result wait_own(detail::process_runner& s, time_point until) {
+        detail::sched_core* const core = s.control->core();
+        if (!s.over.is_cancelled()) {
+            if (detail::runs_here(core) || (s.bodies != nullptr && detail::runs_here(s.bodies->core()))) return rtb::unexpected(join_errc::would_deadlock);
+            detail::sched_core* const leader = detail::current_leader();
+            if (leader != nullptr && !detail::publish_edge(leader, core, until)) return rtb::unexpected(join_errc::would_deadlock);
+            const auto left = [](time_point t) { return t == detail::never ? (duration::max)() : detail::elapsed(clock::now(), t); };
+            bool stuck = false;
+            if (s.stop.wait_for(left(until))) {
+                const time_point last = s.last_moment();
+                stuck = !s.over.wait_for(left((std::min)(until, last))) && clock::now() >= last;
+            }
+            if (leader != nullptr) detail::clear_edge(leader);
+            if (stuck) s.set_stuck();
+            if (!stuck && !s.over.is_cancelled()) return rtb::unexpected(join_errc::timed_out);
+        }
+        process_work_report r = s.result();
+        if (s.over.is_cancelled()) s.control->join();
+        if (s.bodies != nullptr && s.over.is_cancelled() && !r.stuck) s.bodies->join();
+        return r;
+    }
+    static task<result> join_all(std::shared_ptr<detail::process_runner> s) {
+        if (s->control == nullptr) {
+            co_await s->over.cancelled();
+        } else {
+            co_await s->stop.cancelled();
+            const time_point last = s->last_moment();
+            const duration most = last == detail::never ? (duration::max)() : detail::elapsed(clock::now(), last);
+            const auto first = co_await when_any(s->over.cancelled(), sleep_for(most));
+            if (first.index() == 1) s->set_stuck();
+        }
+        co_return s->result();
+    }
+
+public:
+    process_work_handle() noexcept = default;
+    process_work_handle(process_work_handle&& o) noexcept : s_(std::exchange(o.s_, nullptr)), main_(std::move(o.main_)) {}
+    process_work_handle& operator=(process_work_handle&& o) noexcept {
+        if (this != &o) {
+            close();
+            s_ = std::exchange(o.s_, nullptr);
+            main_ = std::move(o.main_);
+        }
+        return *this;
+    }
+    ~process_work_handle() { close(); }
+
+    /// Asks the runner to stop, as its token does. Thread-safe; returns at once.
+    void cancel() noexcept {
+        if (s_ != nullptr) s_->stop.cancel();
+    }
+    bool done() const noexcept { return s_ == nullptr || s_->over.is_cancelled(); }
+    task<result> join() { return join_all(s_); }
+    result wait() { return wait_until(detail::never); }
+    result wait_for(duration d) { return wait_until(detail::deadline_after(clock::now(), d)); }
+    result wait_until(time_point deadline) {
+        if (s_ == nullptr) return rtb::unexpected(join_errc::cancelled);
+        if (s_->control != nullptr) return wait_own(*s_, deadline);
+        if (!s_->over.is_cancelled()) {
+            const expected<void, join_error> r = main_.wait_until(deadline);
+            if (!r && (r.error() == join_errc::timed_out || r.error() == join_errc::would_deadlock)) return rtb::unexpected(r.error().code());
+        }
+        return s_->result();
+    }
+    /// The runner goes on until its token is cancelled; nobody waits for it.
+    void detach() noexcept { s_.reset(); }
+};
+
+/// Drives a run handle: once at the start, on every poke, and every poll_interval. A drive that fails is logged, and the
+/// loop goes on. Cancelling the token (or the handle) ends it: see durable_process_worker::stop().
+///
+/// spawn     two threads of its own: one for claims and renewals, one for the bodies (unless config.bodies says otherwise), so
+///           that a body that computes for minutes keeps its lease.
+/// spawn_on  everything is tasks of that scheduler. A body that does not suspend keeps renewals waiting there: longer than
+///           lease_ttl less the margin, and its lease is lost. Give such bodies a thread of their own by config.bodies.
+/// Errors    no run handle, or an interval that is not positive: std::invalid_argument; a thread that the system refuses:
+///           std::system_error. The try_ forms return them.
+class process_work_runner {
+    using made = std::pair<process_work_poke, process_work_handle>;
+    using maybe = expected<made, std::error_code>;
+    using run_handle = std::shared_ptr<process_run_handle>;
+
+    static bool works(const run_handle& run, const process_work_options& o) noexcept {
+        return run != nullptr && o.poll_interval > duration::zero() && o.jitter >= duration::zero();
+    }
+    static maybe make(scheduler* on, run_handle run, const cancellation_token& token, process_work_options options) {
+        if (!works(run, options)) return rtb::unexpected(std::make_error_code(std::errc::invalid_argument));
+        auto s = std::make_shared<detail::process_runner>(std::move(run), std::move(options), token);
+        if (on == nullptr) {
+            const std::string name = s->o.name.empty() ? s->run->name() : s->o.name;
+            if (const std::error_code e = start(s->control, name)) return rtb::unexpected(e);
+            if (s->run->wants_bodies()) {
+                if (const std::error_code e = start(s->bodies, name + " bodies")) return rtb::unexpected(e);
+                s->run->use_bodies(s->bodies->sched);
+            }
+            on = &s->control->sched;
+        }
+        join_handle<> main = on->spawn(detail::process_runner::loop(detail::process_runner::end_guard(s)), spawn_options{"process runner"});
+        return made(process_work_poke(s), process_work_handle(s, std::move(main)));
+    }
+    static std::error_code start(detail::worker*& at, const std::string& name) {
+        scheduler_options o;
+        o.name = name;
+        detail::worker* w = new detail::worker(std::move(o), {});
+        const std::error_code e = w->start();
+        if (e)
+            delete w;
+        else
+            at = w;
+        return e;
+    }
+    static made or_throw(maybe m) {
+        if (!m) {
+            if (m.error() == std::errc::invalid_argument)
+                RTB_DETAIL_THROW(std::invalid_argument("rtb::process_work_runner: bad options"), "process_work_runner: bad options");
+            RTB_DETAIL_THROW(std::system_error(m.error(), "rtb::process_work_runner"), "the system refused a thread");
+        }
+        return std::move(*m);
+    }
+
+public:
+    static maybe try_spawn(run_handle run, cancellation_token token = {}, process_work_options options = {}) {
+        return make(nullptr, std::move(run), token, std::move(options));
+    }
+    static maybe try_spawn(run_handle run, process_work_options options, cancellation_token token = {}) {
+        return make(nullptr, std::move(run), token, std::move(options));
+    }
+    static maybe try_spawn_on(scheduler& s, run_handle run, cancellation_token token = {}, process_work_options options = {}) {
+        return make(&s, std::move(run), token, std::move(options));
+    }
+    static maybe try_spawn_on(scheduler& s, run_handle run, process_work_options options, cancellation_token token = {}) {
+        return make(&s, std::move(run), token, std::move(options));
+    }
+    static made spawn(run_handle run, cancellation_token token = {}, process_work_options options = {}) {
+        return or_throw(make(nullptr, std::move(run), token, std::move(options)));
+    }
+    static made spawn(run_handle run, process_work_options options, cancellation_token token = {}) {
+        return or_throw(make(nullptr, std::move(run), token, std::move(options)));
+    }
+    static made spawn_on(scheduler& s, run_handle run, cancellation_token token = {}, process_work_options options = {}) {
+        return or_throw(make(&s, std::move(run), token, std::move(options)));
+    }
+    static made spawn_on(scheduler& s, run_handle run, process_work_options options, cancellation_token token = {}) {
+        return or_throw(make(&s, std::move(run), token, std::move(options)));
+    }
+};
+
+/// For whoever starts processes: the registry to register them in, the poke that gets them started promptly, and a way to
+/// wait for their end. Copyable.
+class process_work_driver {
+    std::shared_ptr<process_registry> registry_;
+    process_work_poke poke_;
+
+public:
+    process_work_driver(std::shared_ptr<process_registry> registry, process_work_poke poke) noexcept : registry_(std::move(registry)), poke_(std::move(poke)) {}
+    const std::shared_ptr<process_registry>& registry() const noexcept { return registry_; }
+    const process_work_poke& poke_handle() const noexcept { return poke_; }
+    /// co_await: expected<process_record, process_error>: the process at its end. At once if it ends in this program, else
+    /// by polling, 25 ms to 1 s apart. Errors    not_found (never registered, or pruned); failed reads are logged and repeated.
+    task<expected<process_record, process_error>> await_terminal(std::string id) const {
+        return detail::await_process(registry_, poke_.s_->completions, std::move(id), {});
+    }
+};
+
+}  // inline namespace
+}  // namespace rtb
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>undef   internal macros
