@@ -10924,8 +10924,8 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         if (renewing) {
             a.slot.release();
             freed.notify_one();
-            auto answer = co_await renew.h;  // not destroyed half-way; its answer matters no more
-            static_cast<void>(answer);
+            const expected<result<process_lease>, join_error> answer = co_await renew.h;  // not destroyed half-way
+            if (answer && !*answer && !definite(answer->error())) report("renew", a.id, answer->error());  // definite: the row has ended
         }
         co_return result<void>();
     }
