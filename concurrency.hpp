@@ -10566,21 +10566,17 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     /// The first scheduler that drives the worker is the control scheduler.
     std::optional<process_error> enter() {
         sched_core* const here = current_core();
-        bool mine = false;
         {
             port::unique_lock l(m);
             if (control == nullptr) {
                 control = here;
                 here->add_ref();
             }
-            mine = control == here;
+            if (control != here) return process_error(process_errc::invalid, "a worker is driven on one scheduler only");
+            if (is_stopping()) return process_error(process_errc::closed);
         }
-        if (!mine) return process_error(process_errc::invalid, "a worker is driven on one scheduler only");
-        if (is_stopping()) return process_error(process_errc::closed);
-        if (!has_resumer) {
+        if (!std::exchange(has_resumer, true))
             resumer = spawn_on(control, resume_walks(shared_from_this()), spawn_options{"process walk"}, __builtin_FILE(), __builtin_LINE());
-            has_resumer = true;
-        }
         return std::nullopt;
     }
 
@@ -11080,7 +11076,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         {
             port::unique_lock l(m);
             if (stopping.load(std::memory_order_relaxed)) return;
-            if (!active.empty() || has_resumer) {
+            if (control != nullptr && (!active.empty() || !control->stopping())) {  // else its clock may be gone
                 const time_point t = now();
                 grace_until = deadline_after(t, c.shutdown_grace);
                 close_at = deadline_after(t, (std::max)(c.close_timeout, c.shutdown_grace));
@@ -11088,7 +11084,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             stopping.store(true, std::memory_order_release);
         }
         each_active([](process_attempt& a) {
-            if (a.started) a.token.cancel();
+            a.token.cancel();
             a.wake.notify_one();
         });
         freed.notify_one();
@@ -11274,8 +11270,9 @@ struct process_work_options {
 
 namespace detail {
 struct process_runner : immovable {
-    const std::shared_ptr<process_run_handle> run;
     const process_work_options o;
+    const duration close_timeout;
+    const std::string name;
     cancellation_token stop, over;  // `over` comes after `stop`
     notify wanted;
     const std::shared_ptr<process_completions> completions;
@@ -11286,8 +11283,8 @@ struct process_runner : immovable {
     worker* control = nullptr;    // own-thread mode
     worker* bodies = nullptr;
 
-    process_runner(std::shared_ptr<process_run_handle> r, process_work_options options, const cancellation_token& token)
-        : run(std::move(r)), o(std::move(options)), stop(token.child_token()), completions(run->completions()) {}
+    process_runner(process_run_handle& run, process_work_options options, const cancellation_token& token)
+        : o(std::move(options)), close_timeout(run.close_timeout()), name(o.name.empty() ? run.name() : o.name), stop(token.child_token()), completions(run.completions()) {}
     ~process_runner() {
         for (worker* w : {control, bodies}) {
             if (w == nullptr) continue;
@@ -11298,7 +11295,7 @@ struct process_runner : immovable {
     }
     bool poke() noexcept {
         port::unique_lock l(m);
-        if (stopped) return false;
+        if (stopped || stop.is_cancelled()) return false;
         wanted.notify_one();
         return true;
     }
@@ -11319,7 +11316,7 @@ struct process_runner : immovable {
     /// A second for whoever does the last steps, besides the time that the work may take.
     time_point last_moment() noexcept {
         port::unique_lock l(m);
-        if (give_up_at == never) give_up_at = deadline_after(deadline_after(clock::now(), run->close_timeout()), std::chrono::seconds(1));
+        if (give_up_at == never) give_up_at = deadline_after(deadline_after(clock::now(), close_timeout), std::chrono::seconds(1));
         return give_up_at;
     }
     void set_stuck() noexcept {
@@ -11352,7 +11349,7 @@ struct process_runner : immovable {
             if (failed) ++report.failed_drives;
         }
         if (!failed || r->error() == process_errc::closed) return;
-        RTB_DETAIL_TRY { log(log_level::warning, "driving " + run->name() + " failed: " + r->error().what()); }
+        RTB_DETAIL_TRY { log(log_level::warning, "driving " + name + " failed: " + r->error().what()); }
         RTB_DETAIL_CATCH_ALL { log(log_level::warning, "a drive of processes failed"); }
     }
     static duration random_below(duration limit, std::uint64_t n, time_point seed) noexcept {
@@ -11363,14 +11360,15 @@ struct process_runner : immovable {
     static time_point core_now() noexcept { return current_core()->now(); }
     static sched_core* here() noexcept { return current_core(); }
 
-    static task<> loop(end_guard s) {
+    // The run handle lives as long as the loop: a handler may hold the poke, which holds the rest.
+    static task<> loop(end_guard s, std::shared_ptr<process_run_handle> run) {
         sched_core* const core = here();
         const time_point start = core_now();
         time_point due = deadline_after(start, s->o.poll_interval);
         std::uint64_t polls = 0;
         cancelling_handle<expected<void, process_error>> driving;
         while (!s->stop.is_cancelled()) {
-            driving.h = spawn_on(core, drive(s->run), spawn_options{"process drive"}, __builtin_FILE(), __builtin_LINE());
+            driving.h = spawn_on(core, drive(run), spawn_options{"process drive"}, __builtin_FILE(), __builtin_LINE());
             auto first = co_await when_any(driving.h, s->stop.cancelled());
             if (first.index() == 1) break;
             s->drove(std::move(first).template get<0>());
@@ -11385,8 +11383,8 @@ struct process_runner : immovable {
             port::unique_lock l(s->m);
             s->stopped = true;
         }
-        const time_point deadline = deadline_after(core_now(), s->run->close_timeout());
-        const auto call = [&] { return stop_work(s->run); };
+        const time_point deadline = deadline_after(core_now(), s->close_timeout);
+        const auto call = [&] { return stop_work(run); };
         auto stopping = contained<process_work_report>(call);
         expected<process_work_report, process_error> r = co_await stopping;
         if (!driving.h.done()) {
@@ -11447,7 +11445,7 @@ class process_work_handle {
         if (s->control == nullptr) return;
         RTB_DETAIL_TRY {
             const result r = wait_own(*s, detail::never);
-            if (!r || r->stuck) detail::log(log_level::error, "the process runner " + s->run->name() + " does not end; detached");
+            if (!r || r->stuck) detail::log(log_level::error, "the process runner " + s->name + " does not end; detached");
         }
         RTB_DETAIL_CATCH_ALL { detail::log(log_level::error, "a process runner could not be joined"); }
     }
@@ -11538,17 +11536,17 @@ class process_work_runner {
     }
     static maybe make(scheduler* on, run_handle run, const cancellation_token& token, process_work_options options) {
         if (!works(run, options)) return rtb::unexpected(std::make_error_code(std::errc::invalid_argument));
-        auto s = std::make_shared<detail::process_runner>(std::move(run), std::move(options), token);
+        auto s = std::make_shared<detail::process_runner>(*run, std::move(options), token);
         if (on == nullptr) {
-            const std::string name = s->o.name.empty() ? s->run->name() : s->o.name;
-            if (const std::error_code e = start(s->control, name)) return rtb::unexpected(e);
-            if (s->run->wants_bodies()) {
-                if (const std::error_code e = start(s->bodies, name + " bodies")) return rtb::unexpected(e);
-                s->run->use_bodies(s->bodies->sched);
+            if (const std::error_code e = start(s->control, s->name)) return rtb::unexpected(e);
+            if (run->wants_bodies()) {
+                if (const std::error_code e = start(s->bodies, s->name + " bodies")) return rtb::unexpected(e);
+                run->use_bodies(s->bodies->sched);
             }
             on = &s->control->sched;
         }
-        join_handle<> main = on->spawn(detail::process_runner::loop(detail::process_runner::end_guard(s)), spawn_options{"process runner"});
+        auto loop = detail::process_runner::loop(detail::process_runner::end_guard(s), std::move(run));
+        join_handle<> main = on->spawn(std::move(loop), spawn_options{"process runner"});
         return made(process_work_poke(s), process_work_handle(s, std::move(main)));
     }
     static std::error_code start(detail::worker*& at, const std::string& name) {
