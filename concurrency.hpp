@@ -10496,6 +10496,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     std::uint64_t lives = 0;
     std::size_t undecided = 0;  // claims that are not answered
     bool more = false;          // the walk ended for want of a slot; it goes on after cursor
+    bool wrap = false;          // when the walk has come to the end, it starts from the beginning once more
     std::string cursor;
     time_point next_thorough = (time_point::min)();
     join_handle<> resumer, maintenance;
@@ -10584,7 +10585,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     /// Whether a row is worth a claim, by what the page says. A page may be old: it only saves claims, it decides nothing.
     /// A thorough walk also looks for holders that died.
     bool worth(const process_record& r, bool thorough) const {
-        if (r.terminal() || r.ready_in > duration::zero() || (r.leased && !thorough)) return false;
+        if (r.terminal() || r.ready_in > duration::zero() || (r.leased && (!thorough || host.boot.empty()))) return false;
         if (r.abandon_request) return true;
         if (r.disposition == process_disposition::externally_owned) return false;
         if (r.disposition != process_disposition::owner_bound || !r.first_started) return true;
@@ -10611,6 +10612,12 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         if (std::exchange(a.decided, true)) return;
         --undecided;
         decided.notify_one();
+    }
+    /// From now on every row is looked at. A walk that was under way goes on where it was: or else rows with small ids that
+    /// keep coming would keep the others from ever being reached.
+    void want_all() noexcept {
+        if (!more) cursor.clear();
+        wrap = more;
     }
     /// Goes on after `cursor`. Ends at the end of the rows, or when every slot is taken.
     task<result<void>> walk(bool thorough) {
@@ -10654,7 +10661,9 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
                 break;
             }
             cursor = std::move(last);
-            if (rows->size() < c.page_size) break;
+            if (rows->size() >= c.page_size) continue;
+            if (!std::exchange(wrap, false)) break;
+            cursor.clear();
         }
         while (undecided != 0 && !is_stopping()) {
             const auto first = co_await when_any(decided.wait(), sleep_for(patience));
@@ -10665,7 +10674,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     static task<result<void>> drive(std::shared_ptr<process_engine> self) {
         if (std::optional<process_error> no = self->enter()) co_return rtb::unexpected(std::move(*no));
         const semaphore_permit turn = co_await self->walk_lock.acquire();
-        self->cursor.clear();
+        self->want_all();
         const bool thorough = self->now() >= self->next_thorough;
         if (thorough) self->next_thorough = deadline_after(self->now(), self->c.renew_every);
         auto walking = self->walk(thorough);
@@ -10686,11 +10695,9 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             if (self->is_stopping()) co_return;
             if (!self->more && !self->rewalk.load(std::memory_order_acquire)) continue;
             const semaphore_permit turn = co_await self->walk_lock.acquire();
-            if (self->rewalk.exchange(false, std::memory_order_acq_rel)) {
-                self->more = true;
-                self->cursor.clear();
-            }
-            if (!self->more || self->is_stopping()) continue;
+            const bool all = self->rewalk.exchange(false, std::memory_order_acq_rel);
+            if (all) self->want_all();
+            if ((!all && !self->more) || self->is_stopping()) continue;
             const auto call = [&] { return self->walk(false); };
             auto walking = contained<void>(call);
             const result<void> r = co_await walking;  // the walk has reported it
@@ -11284,7 +11291,8 @@ struct process_runner : immovable {
     worker* bodies = nullptr;
 
     process_runner(process_run_handle& run, process_work_options options, const cancellation_token& token)
-        : o(std::move(options)), close_timeout(run.close_timeout()), name(o.name.empty() ? run.name() : o.name), stop(token.child_token()), completions(run.completions()) {}
+        : o(std::move(options)), close_timeout(run.close_timeout()), name(o.name.empty() ? run.name() : o.name), stop(token.child_token()),
+          completions(run.completions()) {}
     ~process_runner() {
         for (worker* w : {control, bodies}) {
             if (w == nullptr) continue;

@@ -511,6 +511,38 @@ TEST_CASE("a full page of rows that can't be taken does not hide the rows behind
     CHECK(w.get("c").terminal());
 }
 
+TEST_CASE("rows with small ids that keep coming do not keep a large one waiting") {
+    world w;
+    w.add("y500");
+    w.add("z");
+    int next = 499, before_z = -1;
+    std::optional<rtb::process_work_poke> poke;
+    auto c = w.config([&](process_context& ctx) -> task<text> {
+        if (ctx.id() == "z") {
+            before_z = 499 - next;
+            co_return std::string();
+        }
+        for (int i = 0; i < 2 && next > 100; ++i) {  // more than can be done
+            rtb::process_registration r;
+            r.id = "y" + std::to_string(next--);
+            r.disposition = process_disposition::rerunnable;
+            auto adding = ctx.registry()->register_process(r);
+            const auto added = co_await adding;
+            CHECK(added.has_value());
+        }
+        poke->poke();
+        co_await rtb::sleep_for(10ms);
+        co_return std::string();
+    });
+    c.concurrency = 1;
+    c.page_size = 2;
+    runner r(w, c);
+    poke = r.poke;
+    w.run(1s);
+    CHECK(before_z >= 0);
+    CHECK(before_z <= 4);
+}
+
 TEST_CASE("many rows with a page size of 1 all run, and the first starts at once") {
     world w;
     constexpr int n = 3000;
@@ -755,6 +787,30 @@ TEST_CASE("a renewal that succeeds slowly does not extend the trust beyond what 
     w.run(35s);
     CHECK(told == 27000);
     CHECK(w.get("a").status == process_status::running);
+}
+
+TEST_CASE("a slow renewal counts from when it was asked for") {
+    world w;
+    w.add("a");
+    std::int64_t told = -1;
+    int n = 0;
+    w.reg->on_call = [&](const std::string& op, const std::string&) {
+        sim::plan p;
+        if (op != "renew") return p;
+        if (++n == 1)
+            p.delay_after = 8s;
+        else
+            p.before = sim::plan::error;
+        return p;
+    };
+    runner r(w, w.config([&](process_context& c) -> task<text> {
+        auto token = c.token();
+        co_await token.cancelled();
+        if (told < 0) told = std::chrono::duration_cast<std::chrono::milliseconds>(w.clock.now().time_since_epoch()).count();
+        co_return std::string("late");
+    }));
+    w.run(50s);
+    CHECK(told == 37000);
 }
 
 TEST_CASE("a lease that somebody else took stops the body at once, and the winner's end stands") {

@@ -277,7 +277,8 @@ struct world {
         while (n.s->poll() != 0) check();
         // The answer of a renewal that the end of its body overtook is looked at after the end was stored.
         const bool settled = n.stopping && n.runner->second.done();
-        if (settled ? n.reported != n.reg->failed : n.reported > n.reg->failed) fail("I16: " + std::to_string(n.reg->failed) + " errors of the store, " + std::to_string(n.reported) + " reported");
+        if (settled ? n.reported != n.reg->failed : n.reported > n.reg->failed)
+            fail("I16: " + std::to_string(n.reg->failed) + " errors of the store, " + std::to_string(n.reported) + " reported");
         if (!n.stopping || !n.runner->second.done()) return;
         if (bodies_on(static_cast<int>(i), true) != 0) fail("I11: a body runs after the stop");
         const auto report = n.runner->second.wait();
@@ -287,8 +288,8 @@ struct world {
         for (std::size_t k = 0; k < ids && n.reg->failed == 0 && n.quarters == 4 && n.paused_until == 0 && report->left.empty(); ++k) {
             const auto lease = ask(store->get_lease("p" + std::to_string(k)));
             const std::string life = "life" + std::to_string(n.life) + ".";
-            if (lease && *lease && (**lease).owner.id == "node" + std::to_string(i) && (**lease).owner.incarnation.starts_with(life) && clock.now() < (**lease).expires)
-                fail("I11: a lease is held after the stop");
+            if (!lease || !*lease || clock.now() >= (**lease).expires) continue;
+            if ((**lease).owner.id == "node" + std::to_string(i) && (**lease).owner.incarnation.starts_with(life)) fail("I11: a lease is held after the stop");
         }
         kill(n);
         n.down_until = ms() + 100;
@@ -299,7 +300,8 @@ struct world {
             const process_record now = record(id);
             process_record& old = before[id];
             if (now.fence < old.fence) fail("I1: the fence of " + id + " went back");
-            if (old.terminal() && (now.status != old.status || now.output != old.output || now.abandoned_by != old.abandoned_by || now.attempts != old.attempts))
+            const bool same = now.status == old.status && now.output == old.output && now.abandoned_by == old.abandoned_by && now.attempts == old.attempts;
+            if (old.terminal() && !same)
                 fail("I3: the end of " + id + " changed");
             if (!old.terminal() && now.status == process_status::completed && now.output.find('/') != std::string::npos &&
                 now.output != id + "/" + std::to_string(now.fence))
