@@ -10749,7 +10749,14 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
                 a.record = r->record();
                 if (a.lease.cancel_requested || a.record.cancel_request) a.cancel_requested.store(true, std::memory_order_release);
                 trust(a, asked);
-                co_return true;
+                if (now() < trusted_until(a)) co_return true;
+                // Answered too late to be used: nothing has started, so nobody need wait for it to expire.
+                lose(a, process_error(process_errc::superseded, "the claim was answered too late"));
+                const auto back = [&] { return c.registry->release(a.lease, false, duration::zero()); };
+                auto giving = contained<void>(back);
+                const result<void> given = co_await giving;
+                if (!given) report("release", a.id, given.error());
+                co_return false;
             }
             report(dead_holder ? "reclaim" : "claim", a.id, r.error());
             // The same incarnation asks again: if the claim happened and only its answer was lost, it finds its own lease.
