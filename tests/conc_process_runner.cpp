@@ -648,6 +648,7 @@ TEST_CASE("a lost answer, at any call, by any kind of failure, before or after t
                 CHECK(w.get("a").attempts == static_cast<std::uint32_t>(bodies));
                 CHECK(w.reg->failed == 2);
                 CHECK(w.count(op) == 2);
+                if (std::string_view(op) == "claim") CHECK(w.get("a").fence == 1);  // it found its own lease
             }
 }
 
