@@ -39,7 +39,8 @@
 //   * What user objects refer to must outlive the worker, also one that is stuck in a callback (it is reported and left behind).
 //   * g++ 12.1 and 12.2: no lambda, no aggregate, no options in braces inside a co_await expression; name them first.
 //
-// CONFIGURATION    as in runtime_bridge.hpp; RTB_NO_FILESYSTEM leaves the journal out.
+// CONFIGURATION    as in runtime_bridge.hpp; RTB_NO_FILESYSTEM leaves the journal out (set where
+//                  there are no files: bare metal).
 // ERRORS           Expected outcomes are values, and a refused message comes back in its error. A configuration that can't work
 //                  throws std::invalid_argument, a refused thread std::system_error; try_spawn returns them; without exceptions
 //                  spawn panics. What callbacks throw or return is counted, logged and reported, and the worker goes on.
@@ -8089,7 +8090,7 @@ enum class process_authority : unsigned char { external_owner = 1, reconciled_ab
 enum class process_durability : unsigned char { memory = 0, process_crash, power_loss };
 
 /// Who runs a process. `incarnation` is new for every attempt to own, so that no two lives are taken for one. The rest,
-/// if known, lets others on the same machine tell that this owner is dead (process_owner::of_this_process()).
+/// if known, lets others on the same machine tell that this owner is dead (a worker fills it in where it can).
 struct process_owner {
     std::string id;
     std::string incarnation;
@@ -8098,6 +8099,7 @@ struct process_owner {
 
     process_owner() = default;
     process_owner(std::string owner_id, std::string owner_incarnation = {}) : id(std::move(owner_id)), incarnation(std::move(owner_incarnation)) {}
+    process_owner(const char* owner_id) : id(owner_id) {}
     friend bool operator==(const process_owner& a, const process_owner& b) noexcept { return a.id == b.id && a.incarnation == b.incarnation; }
 };
 
@@ -8730,6 +8732,10 @@ public:
 // ---------------------------------------------------------------------------------------------------------------------
 // >>process.journal   the journal file: format, file access, journal_process_registry
 // ---------------------------------------------------------------------------------------------------------------------
+// A system without files of its own, such as newlib's: the journal stays out.
+#if !defined(RTB_NO_FILESYSTEM) && !defined(_WIN32) && !defined(__unix__) && !defined(__APPLE__) && !defined(__wasi__)
+#define RTB_NO_FILESYSTEM
+#endif
 #if !defined(RTB_NO_FILESYSTEM)
 #if !defined(_WIN32)
 #include <cerrno>
