@@ -40,7 +40,7 @@
 //   * g++ 12.1 and 12.2: no lambda, no aggregate, no options in braces inside a co_await expression; name them first.
 //
 // CONFIGURATION    as in runtime_bridge.hpp; RTB_NO_FILESYSTEM leaves the journal out (set where
-//                  there are no files: bare metal).
+//                  there are no files: bare metal), RTB_NO_PROCESSES everything about processes: it compiles in a third of the time.
 // ERRORS           Expected outcomes are values, and a refused message comes back in its error. A configuration that can't work
 //                  throws std::invalid_argument, a refused thread std::system_error; try_spawn returns them; without exceptions
 //                  spawn panics. What callbacks throw or return is counted, logged and reported, and the worker goes on.
@@ -5974,6 +5974,7 @@ template <class Text> void log_about(log_level level, const char* kind, const st
 }
 
 // ---- starting ----
+using maybe_token = std::optional<cancellation_token>;
 
 /// A worker thread until somebody takes it over.
 class own_worker : immovable {
@@ -6786,7 +6787,8 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
         }
         if (oldest == never) oldest = t;
         const time_point due = deadline_after(oldest, c.flush_interval);
-        if (!this->closing && !flush_waits && this->pushing.empty() && this->count < threshold && (c.batch_bytes == 0 || this->bytes < c.batch_bytes) && t < due) {
+        const bool full = this->count >= threshold || (c.batch_bytes != 0 && this->bytes >= c.batch_bytes);
+        if (!this->closing && !flush_waits && this->pushing.empty() && !full && t < due) {
             this->wake_count = threshold;
             this->wake_bytes = c.batch_bytes != 0 ? c.batch_bytes : (std::numeric_limits<std::size_t>::max)();
             p.until = due;
@@ -6937,7 +6939,7 @@ template <class T> std::error_code check(const background_sink_config& c) noexce
     return good ? std::error_code() : std::make_error_code(std::errc::invalid_argument);
 }
 template <class Service, class... Args>
-std::pair<Service*, worker*> start_service(rtb::scheduler* shared, std::string_view name, duration spin, const std::optional<cancellation_token>& token,
+std::pair<Service*, worker*> start_service(rtb::scheduler* shared, std::string_view name, duration spin, const detail::maybe_token& token,
                                            std::error_code& error, Args&&... args) {
     own_worker own;
     if (shared == nullptr) {
@@ -7090,7 +7092,7 @@ public:
 
     /// On a thread of its own. Throws std::invalid_argument for a configuration that can't work, std::system_error if the
     /// system refuses the thread. Token and configuration are optional and come in either order.
-    template <class Drain> static started spawn(Drain drain, background_sink_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    template <class Drain> static started spawn(Drain drain, background_sink_config config = {}, const detail::maybe_token& token = std::nullopt) {
         return or_throw(start(nullptr, std::move(drain), std::move(config), token));
     }
     template <class Drain, std::same_as<cancellation_token> Token> static started spawn(Drain drain, Token token, background_sink_config config = {}) {
@@ -7099,7 +7101,7 @@ public:
     /// On a scheduler that is shared: many on one thread, or under a manual clock. When the scheduler goes, the
     /// sink is closed, and what it had not written is abandoned.
     template <class Drain>
-    static started spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static started spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {}, const detail::maybe_token& token = std::nullopt) {
         return or_throw(start(&on, std::move(drain), std::move(config), token));
     }
     template <class Drain, std::same_as<cancellation_token> Token>
@@ -7108,7 +7110,7 @@ public:
     }
     /// With the error as a value.
     template <class Drain>
-    static expected<started, std::error_code> try_spawn(Drain drain, background_sink_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn(Drain drain, background_sink_config config = {}, const detail::maybe_token& token = std::nullopt) {
         return detail::or_no_memory([&] { return start(nullptr, std::move(drain), std::move(config), token); });
     }
     template <class Drain, std::same_as<cancellation_token> Token>
@@ -7117,7 +7119,7 @@ public:
     }
     template <class Drain>
     static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {},
-                                                           const std::optional<cancellation_token>& token = std::nullopt) {
+                                                           const detail::maybe_token& token = std::nullopt) {
         return detail::or_no_memory([&] { return start(&on, std::move(drain), std::move(config), token); });
     }
     template <class Drain, std::same_as<cancellation_token> Token>
@@ -7128,7 +7130,7 @@ public:
 private:
     std::size_t size_of(const T& v) const { return s_->sizes ? detail::size_of_message(v) : 0; }
     template <class Drain>
-    static expected<started, std::error_code> start(rtb::scheduler* on, Drain&& drain, background_sink_config config, const std::optional<cancellation_token>& token) {
+    static expected<started, std::error_code> start(rtb::scheduler* on, Drain&& drain, background_sink_config config, const detail::maybe_token& token) {
         using service = detail::sink_service<T, std::decay_t<Drain>>;
         if (const std::error_code e = detail::check<T>(config)) return rtb::unexpected(e);
         if (config.name.empty()) config.name = "sink";
@@ -7408,7 +7410,7 @@ public:
 
     /// On a thread of its own. Token and options are optional and come in either order.
     template <class Task>
-    static started spawn(Task t, duration every, periodic_options options = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static started spawn(Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = std::nullopt) {
         return or_throw(start(nullptr, std::move(t), every, std::move(options), token));
     }
     template <class Task, std::same_as<cancellation_token> Token>
@@ -7417,7 +7419,7 @@ public:
     }
     /// On a scheduler that is shared, or under a manual clock. When it goes, the worker is over, without shutdown().
     template <class Task>
-    static started spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static started spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = std::nullopt) {
         return or_throw(start(&on, std::move(t), every, std::move(options), token));
     }
     template <class Task, std::same_as<cancellation_token> Token>
@@ -7426,7 +7428,7 @@ public:
     }
     /// With the error as a value.
     template <class Task>
-    static expected<started, std::error_code> try_spawn(Task t, duration every, periodic_options options = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn(Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = std::nullopt) {
         return detail::or_no_memory([&] { return start(nullptr, std::move(t), every, std::move(options), token); });
     }
     template <class Task, std::same_as<cancellation_token> Token>
@@ -7434,7 +7436,7 @@ public:
         return detail::or_no_memory([&] { return start(nullptr, std::move(t), every, std::move(options), token); });
     }
     template <class Task>
-    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = std::nullopt) {
         return detail::or_no_memory([&] { return start(&on, std::move(t), every, std::move(options), token); });
     }
     template <class Task, std::same_as<cancellation_token> Token>
@@ -7444,7 +7446,7 @@ public:
 
 private:
     template <class Task>
-    static expected<started, std::error_code> start(rtb::scheduler* on, Task&& t, duration every, periodic_options o, const std::optional<cancellation_token>& token) {
+    static expected<started, std::error_code> start(rtb::scheduler* on, Task&& t, duration every, periodic_options o, const detail::maybe_token& token) {
         using service = detail::periodic_service<std::decay_t<Task>>;
         const duration zero{};
         if (every <= zero || o.jitter < zero || o.tick_timeout < zero || o.backoff < zero || o.max_backoff < zero || o.shutdown_grace < zero)
@@ -7973,7 +7975,7 @@ public:
     /// configuration that can't work, std::system_error if the system refuses the thread. Token and configuration are optional
     /// and come in either order.
     template <class From>
-    static started spawn(From from, actor_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static started spawn(From from, actor_config config = {}, const detail::maybe_token& token = std::nullopt) {
         return or_throw(start(nullptr, std::move(from), std::move(config), token));
     }
     template <class From, std::same_as<cancellation_token> Token>
@@ -7982,7 +7984,7 @@ public:
     }
     /// On a scheduler that is shared, or under a manual clock. When it goes, the actor is over, without on_shutdown.
     template <class From>
-    static started spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static started spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const detail::maybe_token& token = std::nullopt) {
         return or_throw(start(&on, std::move(from), std::move(config), token));
     }
     template <class From, std::same_as<cancellation_token> Token>
@@ -7991,7 +7993,7 @@ public:
     }
     /// With the error as a value.
     template <class From>
-    static expected<started, std::error_code> try_spawn(From from, actor_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn(From from, actor_config config = {}, const detail::maybe_token& token = std::nullopt) {
         return detail::or_no_memory([&] { return start(nullptr, std::move(from), std::move(config), token); });
     }
     template <class From, std::same_as<cancellation_token> Token>
@@ -7999,7 +8001,7 @@ public:
         return detail::or_no_memory([&] { return start(nullptr, std::move(from), std::move(config), token); });
     }
     template <class From>
-    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const std::optional<cancellation_token>& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const detail::maybe_token& token = std::nullopt) {
         return detail::or_no_memory([&] { return start(&on, std::move(from), std::move(config), token); });
     }
     template <class From, std::same_as<cancellation_token> Token>
@@ -8008,7 +8010,7 @@ public:
     }
 
 private:
-    template <class From> static expected<started, std::error_code> start(rtb::scheduler* on, From&& from, actor_config c, const std::optional<cancellation_token>& token) {
+    template <class From> static expected<started, std::error_code> start(rtb::scheduler* on, From&& from, actor_config c, const detail::maybe_token& token) {
         using bare = std::decay_t<From>;
         using source = std::conditional_t<detail::handles<bare, Command>, detail::one_actor<bare>, detail::actor_factory<bare>>;
         using service = detail::actor_service<Command, source>;
@@ -8034,6 +8036,7 @@ private:
 }  // inline namespace
 }  // namespace rtb
 
+#if !defined(RTB_NO_PROCESSES)  // everything from here on: a good second of every compiler run for those who do not need it
 // ---------------------------------------------------------------------------------------------------------------------
 // >>process.types   durable rows: what a registry stores, and the interface to it
 // ---------------------------------------------------------------------------------------------------------------------
@@ -9634,19 +9637,21 @@ class journal_core final : process_change_sink {
         h.write(bytes);
         if (!e) e = write_all(*f, 0, bytes);
         if (!e) e = sync_all(*f);
-        expected<journal_file_identity, std::error_code> fresh = unexpected(e);
-        if (!e) {
-            fresh = f->identity();
-            if (!fresh) e = fresh.error();
-        }
+        journal_file_identity fresh, old;
+        const auto identify = [](journal_file& file, journal_file_identity& to) {
+            const expected<journal_file_identity, std::error_code> i = file.identity();
+            if (!i) return i.error();
+            to = *i;
+            return std::error_code();
+        };
+        if (!e) e = identify(*f, fresh);
         f.reset();
         if (e) {
             static_cast<void>(files_.remove(tmp));
             return e;
         }
         const bool first = file_ == nullptr;
-        expected<journal_file_identity, std::error_code> old = unexpected(std::error_code());
-        if (!first) old = file_->identity();
+        const bool old_known = !first && !identify(*file_, old);
         touching_ = true;
         file_.reset();  // some systems do not replace an open file
         e = files_.rename(tmp, path_);
@@ -9655,11 +9660,11 @@ class journal_core final : process_change_sink {
         file_ = std::move(*again);
         const expected<journal_file_identity, std::error_code> now = file_->identity();
         if (!now) return poison(now.error());
-        if (!now->same_file(*fresh)) {  // not renamed: go on with the old one, if this is it
+        if (!now->same_file(fresh)) {  // not renamed: go on with the old one, if this is it
             static_cast<void>(files_.remove(tmp));
             if (!e) e = std::make_error_code(std::errc::io_error);
             touching_ = false;
-            return !first && old && now->same_file(*old) ? e : poison(e);
+            return old_known && now->same_file(old) ? e : poison(e);
         }
         if (e) return poison(e);
         // From here on a loss of power may bring back the old name until the directory is synced.
@@ -11636,6 +11641,8 @@ public:
 
 }  // inline namespace
 }  // namespace rtb
+
+#endif  // RTB_NO_PROCESSES
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>undef   internal macros
