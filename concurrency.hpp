@@ -5880,6 +5880,16 @@ public:
     bool resume() const noexcept { return self_; }
 };
 
+/// co_await: gives the other tasks a turn now and then.
+class coop_leaf {
+public:
+    using rtb_leaf = void;
+    coop_leaf() noexcept {}
+    bool ready(sched_core*) const noexcept { return true; }
+    bool suspend(runnable*) const noexcept { return false; }
+    void resume() const noexcept {}
+};
+
 // ---- calling user code ----
 
 template <class Err, class E> Err error_from(E&& e) {
@@ -6404,6 +6414,7 @@ template <class T, class Report, class Error> class push_leaf : push_node<T> {
             if (!woken) s_->give_up_locked(this);
         }
         end_timed_wait(timer_, limit_ != (duration::max)(), woken);
+        s_->drop_ref();
     }
 
 public:
@@ -6432,6 +6443,7 @@ public:
         node::end = s_->try_place_locked(value_, node::bytes);
         if (node::end != push_end::waiting) return false;
         registered_ = true;
+        s_->add_ref();  // while it waits, the last handle may go elsewhere
         node::target = timer_.target = r;
         node::value = &value_;
         s_->pushing.push_back(this);
@@ -6483,6 +6495,7 @@ template <class T> struct sink_state : queue_service<T, close_report> {
     std::uint64_t head_position = 0;   // of the oldest message in the queue
     std::size_t in_flight = 0;         // of the batch that is being written; the messages just before head_position
     std::uint64_t next_sequence = 0;
+    bool crowded = false;  // a push was refused for want of room: the next batch starts
     std::uint64_t n_dropped = 0, n_evicted = 0, n_written = 0, n_failed = 0, n_writes = 0, n_write_errors = 0;
     std::uint64_t n_failures = 0;  // given up batches and failed barriers
     std::uint64_t failures_reported = 0, evicted_reported = 0;
@@ -6514,6 +6527,7 @@ template <class T> struct sink_state : queue_service<T, close_report> {
                     ++n_dropped;
                     ++this->tail_gap;
                 }
+                if (end != push_end::full && !std::exchange(crowded, true)) this->signal_locked();
                 return push_end::full;
             }
             evict_locked(victim);
@@ -6687,6 +6701,7 @@ public:
         flush_node::target = timer_.target = r;
         s_->enter_flush_locked(this);
         waiting_ = true;
+        s_->add_ref();
         if (limit_ != (duration::max)()) r->core->timers.insert(&timer_, deadline_after(r->core->now(), limit_));
         return true;
     }
@@ -6711,6 +6726,7 @@ private:
                 s_->drop_flush_locked(this, dead);
         }
         end_timed_wait(timer_, limit_ != (duration::max)(), woken);
+        s_->drop_ref();
     }
 };
 
@@ -6787,7 +6803,7 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
         }
         if (oldest == never) oldest = t;
         const time_point due = deadline_after(oldest, c.flush_interval);
-        const bool full = this->count >= threshold || (c.batch_bytes != 0 && this->bytes >= c.batch_bytes);
+        const bool full = this->crowded || this->count >= threshold || (c.batch_bytes != 0 && this->bytes >= c.batch_bytes);
         if (!this->closing && !flush_waits && this->pushing.empty() && !full && t < due) {
             this->wake_count = threshold;
             this->wake_bytes = c.batch_bytes != 0 ? c.batch_bytes : (std::numeric_limits<std::size_t>::max)();
@@ -6799,6 +6815,7 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
             p.gap = sink_gap{this->next_sequence, std::exchange(this->gaps[this->head], 0)};
             return p;
         }
+        this->crowded = false;
         p.what = step::write;
         p.range.first = this->next_sequence;
         std::size_t size = 0;
@@ -6853,6 +6870,7 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
         sink_service* const s = static_cast<sink_service*>(e.get());
         const retry_policy& retry = s->config.retry;
         for (;;) {
+            co_await coop_leaf();  // plain callbacks never suspend, and others may share the scheduler
             const plan p = s->next();
             if (p.what == step::sleep) {
                 co_await pause_leaf(s, p.until);
@@ -6932,7 +6950,7 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
         }
     }
 };
-template <class T> std::error_code check(const background_sink_config& c) noexcept {
+template <class T> std::error_code check_config(const background_sink_config& c) noexcept {
     const bool sized = c.byte_capacity == 0 && c.batch_bytes == 0;
     const bool good = c.queue_capacity != 0 && c.queue_capacity <= (std::numeric_limits<std::size_t>::max)() / 2 / sizeof(T) && c.batch_size != 0 &&
                       c.flush_interval > duration::zero() && c.retry.max_attempts != 0 && c.close_timeout >= duration::zero() && (sized || has_size<T>);
@@ -7132,7 +7150,7 @@ private:
     template <class Drain>
     static expected<started, std::error_code> start(rtb::scheduler* on, Drain&& drain, background_sink_config config, const detail::maybe_token& token) {
         using service = detail::sink_service<T, std::decay_t<Drain>>;
-        if (const std::error_code e = detail::check<T>(config)) return rtb::unexpected(e);
+        if (const std::error_code e = detail::check_config<T>(config)) return rtb::unexpected(e);
         if (config.name.empty()) config.name = "sink";
         const std::string name = config.name;
         std::error_code error;
@@ -7310,7 +7328,10 @@ template <class Task> struct periodic_service final : periodic_state {
             const duration limit = s->options.tick_timeout > duration::zero() ? s->options.tick_timeout : (duration::max)();
             callback_end<tick_error> end;
             std::optional<task<callback_end<tick_error>>> ticking = begin_callback<tick_error>(s, end, call, limit);
-            if (ticking) end = co_await *ticking;
+            if (ticking)
+                end = co_await *ticking;
+            else
+                co_await coop_leaf();
             if (end.timed_out) end.error.emplace(tick_errc::timed_out);
             const time_point after = s->core->now();
             {
@@ -7605,16 +7626,6 @@ template <class C> struct actor_state : queue_service<C, actor_report> {
     }
 };
 
-/// co_await: gives the other tasks a turn now and then.
-class coop_leaf {
-public:
-    using rtb_leaf = void;
-    coop_leaf() noexcept {}
-    bool ready(sched_core*) const noexcept { return true; }
-    bool suspend(runnable*) const noexcept { return false; }
-    void resume() const noexcept {}
-};
-
 template <class A> struct one_actor {  // spawned from an actor: one life
     using actor = A;
     static constexpr bool restarts = false;
@@ -7797,7 +7808,10 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                         auto call = [s, &command] { return s->actor->on_discard(std::move(*command)); };
                         callback_end<handler_error> end;
                         std::optional<task<callback_end<handler_error>>> discarding = begin_callback<handler_error>(s, end, call);
-                        if (discarding) end = co_await *discarding;
+                        if (discarding)
+                            end = co_await *discarding;
+                        else
+                            co_await coop_leaf();
                         if (const std::optional<handler_error> failed = cut_is_failure(end)) {
                             s->count_call(false, true);
                             s->complain(*failed);
@@ -8480,7 +8494,7 @@ public:
     result<process_lease> renew(const process_lease& l, duration ttl) {
         if (ttl <= duration::zero()) return error(process_errc::invalid);
         const process_row* r = find(l.process_id);
-        if (const process_errc e = check(r, l); e != process_errc{}) return error(e);
+        if (const process_errc e = check_lease(r, l); e != process_errc{}) return error(e);
         extend(l.process_id, process_row(*r), ttl);
         return find(l.process_id)->lease(l.process_id);
     }
@@ -8504,7 +8518,7 @@ public:
     }
     result<process_record> start(const process_lease& l) {
         const process_row* r = find(l.process_id);
-        if (const process_errc e = check(r, l); e != process_errc{}) return error(e);
+        if (const process_errc e = check_lease(r, l); e != process_errc{}) return error(e);
         if (r->started_fence == r->fence) return r->record(l.process_id, now);
         const process_registration& what = *r->what;
         if (what.disposition == process_disposition::externally_owned || (what.disposition == process_disposition::owner_bound && r->first_started))
@@ -8522,7 +8536,7 @@ public:
         const process_row* r = find(l.process_id);
         if (r != nullptr && r->terminal() && r->fence == l.fence && r->ended_token == l.token && !l.token.empty() && r->ended_as(o))
             return r->record(l.process_id, now);
-        if (const process_errc e = check(r, l); e != process_errc{}) return error(e);
+        if (const process_errc e = check_lease(r, l); e != process_errc{}) return error(e);
         if (r->what->disposition == process_disposition::externally_owned && o.status() != process_status::abandoned) return error(process_errc::conflict);
         return end(l.process_id, process_row(*r), std::move(o), true);
     }
@@ -8575,7 +8589,7 @@ private:
     static bool current(const process_row& r, const process_lease& l) noexcept {
         return !r.token.empty() && r.token == l.token && r.fence == l.fence && r.holder == l.owner;
     }
-    process_errc check(const process_row* r, const process_lease& l) const noexcept {
+    process_errc check_lease(const process_row* r, const process_lease& l) const noexcept {
         if (r == nullptr) return process_errc::not_found;
         if (r->terminal()) return process_errc::terminal;
         return current(*r, l) && r->leased(now) ? process_errc{} : process_errc::superseded;
