@@ -1,0 +1,477 @@
+// background_sink with every allocation failing in turn: nothing leaks, no message is lost without a word, a flush never says
+// yes to what was not written, and try_push does not allocate at all. Virtual time, on this thread.
+// SPDX-License-Identifier: MIT
+// clang's ThreadSanitizer brings an operator new that can't be replaced.
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define CANT_REPLACE_NEW 1
+#endif
+#endif
+#ifdef CANT_REPLACE_NEW
+int main() { return 77; }  // skipped
+#else
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include "concurrency.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <optional>
+#include <span>
+#include <string>
+#include <system_error>
+
+// ---- the allocator that fails ----
+
+namespace {
+constexpr long k_off = -1;
+thread_local long t_countdown = k_off;  // this thread's allocations
+thread_local bool t_for_ever = false;   // every one from there on, not only that one
+thread_local bool t_hit = false;
+std::atomic<long> g_live{0}, g_made{0};
+
+bool fails_now() noexcept {
+    if (t_countdown < 0) return false;
+    if (t_countdown == 0) {
+        t_hit = true;
+        if (!t_for_ever) t_countdown = k_off;
+        return true;
+    }
+    --t_countdown;
+    return false;
+}
+void* allocate(std::size_t size, std::size_t align) noexcept {
+    if (fails_now()) return nullptr;
+    void* p = align <= alignof(std::max_align_t) ? std::malloc(size == 0 ? 1 : size) : std::aligned_alloc(align, (size + align - 1) / align * align);
+    if (p != nullptr) g_live.fetch_add(1, std::memory_order_relaxed);
+    g_made.fetch_add(1, std::memory_order_relaxed);
+    return p;
+}
+// Not inlined: g++ would see free() for what came from operator new, and warn.
+#if defined(__GNUC__) || defined(__clang__)
+__attribute__((noinline))
+#endif
+void release(void* p) noexcept {
+    if (p == nullptr) return;
+    g_live.fetch_sub(1, std::memory_order_relaxed);
+    std::free(p);
+}
+void* allocate_or_throw(std::size_t size, std::size_t align) {
+    void* p = allocate(size, align);
+    if (p == nullptr) throw std::bad_alloc();
+    return p;
+}
+}  // namespace
+
+void* operator new(std::size_t n) { return allocate_or_throw(n, 1); }
+void* operator new[](std::size_t n) { return allocate_or_throw(n, 1); }
+void* operator new(std::size_t n, std::align_val_t a) { return allocate_or_throw(n, static_cast<std::size_t>(a)); }
+void* operator new[](std::size_t n, std::align_val_t a) { return allocate_or_throw(n, static_cast<std::size_t>(a)); }
+void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return allocate(n, 1); }
+void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return allocate(n, 1); }
+void operator delete(void* p) noexcept { release(p); }
+void operator delete[](void* p) noexcept { release(p); }
+void operator delete(void* p, std::size_t) noexcept { release(p); }
+void operator delete[](void* p, std::size_t) noexcept { release(p); }
+void operator delete(void* p, std::align_val_t) noexcept { release(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { release(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { release(p); }
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { release(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { release(p); }
+void operator delete[](void* p, const std::nothrow_t&) noexcept { release(p); }
+
+namespace {
+using namespace std::chrono_literals;
+using rtb::background_sink;
+using rtb::background_sink_config;
+using rtb::drain_error;
+using rtb::sink_errc;
+using flush_result = rtb::expected<void, rtb::sink_error>;
+
+const char* const k_long_name = "a name with more than fifteen characters, so that it needs a block";
+
+/// One round: the k-th allocation inside armed() fails. Keeps its findings without allocating, so that they don't disturb.
+class round_of {
+    long k_;
+    bool for_ever_;
+    bool hit_ = false;
+    int failures_ = 0, line_ = 0;
+
+public:
+    round_of(long k, bool for_ever) : k_(k), for_ever_(for_ever) {}
+    bool hit() const { return hit_; }
+    int failures() const { return failures_; }
+    int line() const { return line_; }
+    void expect(bool ok, int line = __builtin_LINE()) {
+        if (ok) return;
+        ++failures_;
+        if (line_ == 0) line_ = line;
+    }
+    /// Runs f with the failure armed; false: a bad_alloc came out of it.
+    template <class F> bool armed(F f) {
+        struct guard {
+            round_of* self;
+            explicit guard(round_of* s) : self(s) {
+                t_hit = false;
+                t_for_ever = s->for_ever_;
+                t_countdown = s->k_;
+            }
+            ~guard() {
+                self->hit_ = self->hit_ || t_hit;
+                t_countdown = k_off;
+            }
+        };
+        try {
+            const guard g(this);
+            f();
+            return true;
+        } catch (const std::bad_alloc&) {
+            return false;
+        }
+    }
+};
+
+/// scenario(round) until it gets through without a failure, both with one failure and with no memory from there on.
+template <class S> long every_failure(S scenario) {
+    {
+        round_of warm(1'000'000, false);  // what libraries allocate once
+        scenario(warm);
+        CHECK_MESSAGE(warm.failures() == 0, "without a failure: line ", warm.line());
+    }
+    long points = 0;
+    for (const bool for_ever : {false, true}) {
+        for (long k = 0;; ++k) {
+            REQUIRE(k < 1000);
+            const long before = g_live.load();
+            round_of round(k, for_ever);
+            scenario(round);
+            const long after = g_live.load();
+            CHECK_MESSAGE(round.failures() == 0, std::string(for_ever ? "no memory from allocation " : "no memory for allocation "), k, ": line ", round.line());
+            CHECK_MESSAGE(after == before, "allocation ", k, ": ", after - before, " blocks leaked");
+            if (!round.hit()) {
+                points = k;
+                break;
+            }
+        }
+    }
+    return points;
+}
+
+struct counts {
+    int written = 0, buried = 0, durable = 0, closed = 0, gaps = 0, calls = 0;
+    bool fail = false;
+};
+const char* const k_long_text = "an error text that is longer than fifteen characters, so that every copy of it needs a block";
+struct plain {
+    counts* c;
+    rtb::expected<void, drain_error> write_batch(std::span<int> b) {
+        ++c->calls;
+        if (c->fail) return rtb::unexpected(drain_error(k_long_text));
+        c->written += static_cast<int>(b.size());
+        return {};
+    }
+    void dead_letter(std::span<int> b, drain_error) { c->buried += static_cast<int>(b.size()); }
+    void on_gap(const rtb::sink_gap& g) { c->gaps += static_cast<int>(g.count); }
+    void flush_durable() { ++c->durable; }
+    void close() { ++c->closed; }
+};
+struct slow {
+    counts* c;
+    rtb::task<rtb::expected<void, drain_error>> write_batch(std::span<int> b) {
+        ++c->calls;
+        co_await rtb::yield();
+        if (c->fail) throw std::runtime_error(k_long_text);
+        c->written += static_cast<int>(b.size());
+        co_return rtb::expected<void, drain_error>();
+    }
+    rtb::task<> dead_letter(std::span<int> b, drain_error) {
+        c->buried += static_cast<int>(b.size());
+        co_return;
+    }
+    rtb::task<> flush_durable() {
+        co_await rtb::yield();
+        ++c->durable;
+    }
+    rtb::task<> close() {
+        co_await rtb::yield();
+        ++c->closed;
+    }
+};
+
+background_sink_config config(std::size_t capacity, std::size_t batch) {
+    background_sink_config c;
+    c.queue_capacity = capacity;
+    c.batch_size = batch;
+    return c;
+}
+/// A scheduler under virtual time.
+struct pumped {
+    rtb::manual_clock time;
+    rtb::scheduler s;
+    pumped() : s(options(time)) { rtb::set_log_handler(nullptr); }
+    static rtb::scheduler_options options(rtb::manual_clock& t) {
+        rtb::scheduler_options o;
+        o.time = &t;
+        return o;
+    }
+};
+rtb::task<> flush_into(background_sink<int> sink, std::optional<flush_result>* out) {
+    auto result = co_await sink.flush();
+    *out = std::move(result);
+}
+}  // namespace
+
+TEST_CASE("a sink that can't be made leaves nothing behind") {
+    CHECK(every_failure([](round_of& r) {
+              pumped p;
+              counts c;
+              rtb::cancellation_token token;
+              background_sink_config cfg = config(8, 4);
+              cfg.name = k_long_name;
+              const bool ok = r.armed([&] {
+                  auto made = background_sink<int>::spawn_on(p.s, plain{&c}, cfg, token);
+                  r.expect(!made.second.done());
+              });
+              r.expect(ok == !r.hit());
+              p.time.run_until_idle();
+              r.expect(p.s.stats().live == 0);
+              r.expect(c.calls == 0);
+          }) >= 4);
+}
+
+TEST_CASE("a sink with a thread that can't be made leaves nothing behind") {
+    CHECK(every_failure([](round_of& r) {
+              counts c;
+              bool refused = false;
+              const bool ok = r.armed([&] {
+                  try {
+                      auto made = background_sink<int>::spawn(plain{&c}, config(8, 4));
+                      r.expect(made.first.try_push(1).has_value());
+                  } catch (const std::system_error&) {
+                      refused = true;
+                  }
+              });
+              r.expect((ok && !refused) == !r.hit());
+              r.expect(r.hit() || c.written == 1);
+          }) >= 4);
+}
+
+TEST_CASE("try_spawn says that there is no memory as a value") {
+    CHECK(every_failure([](round_of& r) {
+              pumped p;
+              counts c;
+              const bool ok = r.armed([&] {
+                  auto made = background_sink<int>::try_spawn_on(p.s, plain{&c}, config(8, 4));
+                  if (!made) r.expect(made.error() == std::errc::not_enough_memory);
+              });
+              r.expect(ok);  // nothing is thrown
+              p.time.run_until_idle();
+          }) >= 3);
+}
+
+TEST_CASE("try_push allocates nothing, whatever comes of it") {
+    for (const auto mode : {rtb::overflow::drop, rtb::overflow::drop_oldest, rtb::overflow::block}) {
+        pumped p;
+        counts c;
+        auto cfg = config(4, 4);
+        cfg.overflow = mode;
+        auto made = background_sink<int>::spawn_on(p.s, plain{&c}, cfg);
+        p.time.run_until_idle();
+        const long before = g_made;
+        for (int i = 0; i < 10; ++i) static_cast<void>(made.first.try_push(i));
+        made.second.cancel();
+        const long closing = g_made;
+        for (int i = 0; i < 10; ++i) static_cast<void>(made.first.try_push(i));
+        static_cast<void>(made.first.pending());
+        CHECK(closing == before);
+        CHECK(g_made == closing);
+    }
+}
+
+TEST_CASE("push_blocking with room, stats and pending allocate nothing") {
+    pumped p;
+    counts c;
+    auto made = background_sink<int>::spawn_on(p.s, plain{&c}, config(4, 4));
+    p.time.run_until_idle();
+    const long before = g_made;
+    CHECK(made.first.push_blocking(1, 0s).has_value());
+    CHECK(made.first.pending() == 1);
+    CHECK(g_made == before);
+}
+
+TEST_CASE("without memory for a write: no message is lost without a word, the sink goes on, and the flush tells the truth") {
+    auto scenario = [](auto drain_of) {
+        return [drain_of](round_of& r) {
+            pumped p;
+            counts c;
+            auto made = background_sink<int>::spawn_on(p.s, drain_of(&c), config(8, 2));
+            auto& sink = made.first;
+            p.time.run_until_idle();
+            for (int i = 0; i < 3; ++i) r.expect(sink.try_push(i).has_value());
+            std::optional<flush_result> f;
+            auto flushing = p.s.spawn(flush_into(sink, &f));
+            const bool ok = r.armed([&] { p.time.run_until_idle(); });
+            r.expect(ok);  // nothing comes out of the scheduler
+            p.time.run_until_idle();
+            r.expect(!made.second.done());
+            r.expect(flushing.done());
+            const auto s = sink.stats();
+            r.expect(s.pending == 0);
+            r.expect(s.written + s.failed == 3);
+            r.expect(static_cast<int>(s.written) <= c.written);
+            if (f && f->has_value()) r.expect(s.written == 3 && c.durable >= 1);
+            if (!f) {  // the flush itself had no memory for its answer: the next one has to say it
+                std::optional<flush_result> second;
+                auto again = p.s.spawn(flush_into(sink, &second));
+                p.time.run_until_idle();
+                r.expect(again.done() && second.has_value());
+                if (second && second->has_value()) r.expect(s.written == 3);
+            }
+            // And now, with memory.
+            r.expect(sink.try_push(9).has_value());
+            std::optional<flush_result> last;
+            auto once_more = p.s.spawn(flush_into(sink, &last));
+            p.time.run_until_idle();
+            r.expect(once_more.done() && last && last->has_value());
+            made.second.cancel();
+            p.time.run_until_idle();
+            r.expect(made.second.done());
+            const auto report = made.second.wait();
+            r.expect(report && report->written + report->failed == 4 && report->abandoned == 0);
+            r.expect(c.closed == 1);
+        };
+    };
+    SUBCASE("a plain drain") { every_failure(scenario([](counts* c) { return plain{c}; })); }
+    SUBCASE("a coroutine") { every_failure(scenario([](counts* c) { return slow{c}; })); }
+}
+
+TEST_CASE("without memory for a failure: the flush still says that something was lost") {
+    auto scenario = [](auto drain_of) {
+        return [drain_of](round_of& r) {
+            pumped p;
+            counts c;
+            c.fail = true;
+            auto made = background_sink<int>::spawn_on(p.s, drain_of(&c), config(8, 2));
+            auto& sink = made.first;
+            p.time.run_until_idle();
+            r.expect(sink.try_push(0).has_value() && sink.try_push(1).has_value());
+            const bool ok = r.armed([&] { p.time.run_until_idle(); });
+            r.expect(ok);
+            c.fail = false;
+            p.time.run_until_idle();
+            std::optional<flush_result> f, g;
+            auto first = p.s.spawn(flush_into(sink, &f));
+            p.time.run_until_idle();
+            r.expect(f && !f->has_value() && f->error() == sink_errc::drain);
+            if (f && !f->has_value()) {
+                r.expect(f->error().lost() == 2);
+                r.expect(f->error().range() == rtb::sink_range{0, 1});
+            }
+            auto second = p.s.spawn(flush_into(sink, &g));
+            p.time.run_until_idle();
+            r.expect(g && g->has_value());
+        };
+    };
+    SUBCASE("a plain drain") { every_failure(scenario([](counts* c) { return plain{c}; })); }
+    SUBCASE("a coroutine") { every_failure(scenario([](counts* c) { return slow{c}; })); }
+}
+
+TEST_CASE("a flush that is answered and not yet taken keeps its failure, even if there is no memory for the next one") {
+    every_failure([](round_of& r) {
+        pumped p;
+        counts c;
+        c.fail = true;
+        auto made = background_sink<int>::spawn_on(p.s, plain{&c}, config(8, 1));
+        auto& sink = made.first;
+        p.time.run_until_idle();
+        r.expect(sink.try_push(0).has_value());
+        p.time.run_until_idle();
+        // The flush waits on another scheduler, which does not run yet: it is answered, and not taken.
+        pumped other;
+        std::optional<flush_result> f;
+        auto waiting = other.s.spawn(flush_into(sink, &f));
+        other.time.run_until_idle();
+        p.time.run_until_idle();
+        r.expect(c.durable == 1 && !f);
+        r.expect(sink.try_push(1).has_value());
+        const bool ok = r.armed([&] { p.time.run_until_idle(); });
+        r.expect(ok);
+        p.time.run_until_idle();
+        other.time.run_until_idle();
+        r.expect(f && !f->has_value() && f->error() == sink_errc::drain);
+        std::optional<flush_result> g;
+        auto second = p.s.spawn(flush_into(sink, &g));
+        p.time.run_until_idle();
+        r.expect(g && !g->has_value());  // message 1
+    });
+}
+
+TEST_CASE("flush_blocking without memory for its answer: the failure stays for the next flush") {
+    CHECK(every_failure([](round_of& r) {
+              pumped p;
+              counts c;
+              c.fail = true;
+              auto made = background_sink<int>::spawn_on(p.s, plain{&c}, config(8, 1));
+              auto& sink = made.first;
+              p.time.run_until_idle();
+              r.expect(sink.try_push(0).has_value());
+              p.time.run_until_idle();
+              c.fail = false;
+              bool said = false, clean = false;
+              const bool ok = r.armed([&] {
+                  const auto f = sink.flush_blocking();
+                  said = !f && f.error() == sink_errc::drain;
+                  clean = f.has_value();
+              });
+              r.expect(!clean);
+              r.expect(ok || r.hit());
+              const auto next = sink.flush_blocking();
+              // A bad_alloc on its way out may cost the text, never the fact.
+              if (!said) r.expect(!next && next.error() == sink_errc::drain);
+              r.expect(sink.flush_blocking().has_value());
+          }) >= 1);
+}
+
+TEST_CASE("without memory at the close the report still adds up, and the sink ends") {
+    auto scenario = [](auto drain_of) {
+        return [drain_of](round_of& r) {
+            pumped p;
+            counts c;
+            auto made = background_sink<int>::spawn_on(p.s, drain_of(&c), config(8, 2));
+            p.time.run_until_idle();
+            for (int i = 0; i < 5; ++i) r.expect(made.first.try_push(i).has_value());
+            const bool ok = r.armed([&] {
+                made.second.cancel();
+                p.time.run_until_idle();
+            });
+            r.expect(ok);
+            p.time.run_until_idle();
+            r.expect(made.second.done());
+            const auto report = made.second.wait();
+            r.expect(report && report->written + report->failed + report->abandoned == 5);
+            r.expect(report && report->abandoned == 0);
+            if (!r.hit()) r.expect(report && report->written == 5 && c.closed == 1 && !report->close_error);
+        };
+    };
+    SUBCASE("a plain drain") { every_failure(scenario([](counts* c) { return plain{c}; })); }
+    SUBCASE("a coroutine") { every_failure(scenario([](counts* c) { return slow{c}; })); }
+}
+
+TEST_CASE("an exposition without memory throws and changes nothing") {
+    CHECK(every_failure([](round_of& r) {
+              pumped p;
+              counts c;
+              auto cfg = config(8, 2);
+              cfg.metric_prefix = k_long_name;
+              auto made = background_sink<int>::spawn_on(p.s, plain{&c}, cfg);
+              const bool ok = r.armed([&] {
+                  std::string out;
+                  made.first.write_prometheus(out);
+              });
+              r.expect(ok == !r.hit());
+              r.expect(made.first.try_push(1).has_value());
+          }) >= 2);
+}
+#endif
