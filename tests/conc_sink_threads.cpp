@@ -143,10 +143,10 @@ TEST_CASE("real producers: everything accepted arrives once, in the order of eac
                 auto [sink, handle] = background_sink<message>::spawn(collecting{a}, c);
                 threads t;
                 for (int who = 0; who < k_producers; ++who) {
-                    t.go([&, who, sink = sink]() mutable {
+                    t.go([&, who, mine = sink]() mutable {
                         for (int i = 0; i < k_each; ++i) {
                             const bool waits = mode == overflow::block && i % 2 == 0;
-                            const bool ok = waits ? sink.push_blocking(message(who, i)).has_value() : sink.try_push(message(who, i)).has_value();
+                            const bool ok = waits ? mine.push_blocking(message(who, i)).has_value() : mine.try_push(message(who, i)).has_value();
                             ++(ok ? accepted : refused);
                         }
                     });
@@ -188,13 +188,13 @@ TEST_CASE("what a successful flush covers has arrived, while others push and flu
         std::atomic<std::size_t> pushed{0};
         threads t;
         for (int who = 0; who < k_producers; ++who) {
-            t.go([&, who, sink = sink]() mutable {
+            t.go([&, who, mine = sink]() mutable {
                 for (int i = 0; i < k_each; ++i) {
-                    if (!sink.push_blocking(message(who, i))) ++bad;
+                    if (!mine.push_blocking(message(who, i))) ++bad;
                     ++pushed;
                     if (i % 20 != who) continue;
                     const std::size_t before = pushed;
-                    if (!sink.flush_blocking()) ++bad;
+                    if (!mine.flush_blocking()) ++bad;
                     if (a->count < before) ++bad;
                 }
             });
@@ -217,8 +217,8 @@ TEST_CASE("64 flushes from as many threads are all released") {
     {
         threads t;
         for (int i = 0; i < 64; ++i) {
-            t.go([&ok, sink = sink] {
-                auto r = sink.flush_blocking();
+            t.go([&ok, mine = sink] {
+                auto r = mine.flush_blocking();
                 if (r) ++ok;
             });
         }
@@ -449,9 +449,9 @@ TEST_CASE("a flush that waits while the drain is stuck ends when the worker does
         auto [sink, handle] = g.start(c);
         for (int i = 0; i < 3; ++i) REQUIRE(sink.try_push(i).has_value());
         g.g->await_visitor();
-        t.go([&in, sink = sink] {
+        t.go([&in, mine = sink] {
             in = true;
-            auto r = sink.flush_blocking();
+            auto r = mine.flush_blocking();
             CHECK_FALSE(r.has_value());
             if (!r) CHECK(r.error() == sink_errc::closed);
         });
