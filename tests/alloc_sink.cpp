@@ -148,7 +148,8 @@ template <class S> long every_failure(S scenario) {
             round_of round(k, for_ever);
             scenario(round);
             const long after = g_live.load();
-            CHECK_MESSAGE(round.failures() == 0, std::string(for_ever ? "no memory from allocation " : "no memory for allocation "), k, ": line ", round.line());
+            CHECK_MESSAGE(round.failures() == 0,
+                          std::string(for_ever ? "no memory from allocation " : "no memory for allocation "), k, ": line ", round.line());
             CHECK_MESSAGE(after == before, "allocation ", k, ": ", after - before, " blocks leaked");
             if (!round.hit()) {
                 points = k;

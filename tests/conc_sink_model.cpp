@@ -254,7 +254,8 @@ void check_flush(reference& r, const flush_log& f) {
         if (named == nullptr) return;
         for (const flush_log& g : r.flushes) {
             const bool takes = !g.result && g.result.error() == sink_errc::drain;
-            r.expect(!(takes && named->settled_at < g.called_at && g.returned_at < f.called_at), "a range was reported to a flush that was called after another returned it");
+            r.expect(!(takes && named->settled_at < g.called_at && g.returned_at < f.called_at),
+                     "a range was reported to a flush that was called after another returned it");
         }
     }
 }
@@ -281,7 +282,8 @@ rtb::task<> producer(reference* ref, background_sink<message> sink, int who) {
                     ++r.refused;
                     r.dropped_attempts.push_back(m);
                 }
-                if (r.config.overflow == overflow::drop_oldest) r.expect(r.config.byte_capacity != 0 && m.bytes > r.config.byte_capacity, "drop_oldest refused");
+                if (r.config.overflow == overflow::drop_oldest)
+                    r.expect(r.config.byte_capacity != 0 && m.bytes > r.config.byte_capacity, "drop_oldest refused");
             } else {
                 r.expect(pushed.error() == sink_errc::closed, "the code of a refused try_push");
             }
@@ -393,10 +395,16 @@ std::string simulate(std::uint64_t seed, totals& t) {
     t.gaps += r.gaps.size();
     t.retries += stats.write_errors > stats.failed ? 1 : 0;
     for (const flush_log& f : r.flushes) {
-        if (f.result)
+        if (f.result) {
             ++t.yes;
-        else
-            ++(f.result.error() == sink_errc::drain ? t.drain : f.result.error() == sink_errc::overflow ? t.overflowed : f.result.error() == sink_errc::timed_out ? t.timed_out : t.closed);
+            continue;
+        }
+        switch (f.result.error().code()) {
+            case sink_errc::drain: ++t.drain; break;
+            case sink_errc::overflow: ++t.overflowed; break;
+            case sink_errc::timed_out: ++t.timed_out; break;
+            default: ++t.closed; break;
+        }
     }
     const bool cut = cut_by_scheduler || c.close_timeout < 1h || r.may_hang;
     r.expect(stats.pending == 0, "nothing is pending after the end");
@@ -470,7 +478,8 @@ TEST_CASE("random runs agree with the reference") {
     }
     CHECK(failures == 0);
     if (only != 0 || seeds < 1000) return;
-    const std::uint64_t numbers[] = {t.written, t.failed, t.refused, t.evicted, t.abandoned, t.gaps, t.retries, t.yes, t.drain, t.overflowed, t.timed_out, t.closed};
+    const std::uint64_t numbers[] = {t.written, t.failed, t.refused, t.evicted, t.abandoned, t.gaps,
+                                     t.retries, t.yes, t.drain, t.overflowed, t.timed_out, t.closed};
     for (std::size_t i = 0; i < sizeof numbers / sizeof *numbers; ++i) {
         CAPTURE(i);
         CHECK(numbers[i] > 10);

@@ -228,7 +228,9 @@ template <class T> rtb::task<> push_into(background_sink<T> sink, T v, rtb::dura
         out->value.emplace(std::move(result.error().value()));
     }
 }
-inline rtb::task<> push_into(background_sink<int> sink, int v, push_result<int>* out) { return push_into<int>(std::move(sink), v, (rtb::duration::max)(), out); }
+inline rtb::task<> push_into(background_sink<int> sink, int v, push_result<int>* out) {
+    return push_into<int>(std::move(sink), v, (rtb::duration::max)(), out);
+}
 
 inline background_sink_config config(std::size_t capacity, std::size_t batch, enum rtb::overflow mode = rtb::overflow::drop) {
     background_sink_config c;
