@@ -372,7 +372,10 @@ std::string simulate(std::uint64_t seed, totals& t) {
             w.reset();
         } else {
             w->time.auto_advance(true);
-            if (end < 6) w->run();  // the producers are through
+            if (end < 6) {
+                w->run();
+                for (const auto& one : w->tasks) r.expect(one.done(), "a push or a flush never ended");
+            }
             handle.cancel();
             w->run();
         }
