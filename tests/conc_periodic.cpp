@@ -272,9 +272,9 @@ TEST_CASE("a tick that begins late by up to 5 ms leaves the phase alone, with de
     book b;
     world w;
     const auto disturb = [](rtb::manual_clock* c) -> task<> {
-        co_await rtb::sleep_until(time_point{} + 9999ms);
+        co_await rtb::sleep_until(time_point(9999ms));
         c->advance(6ms);  // the tick at 10 begins at 10.005
-        co_await rtb::sleep_until(time_point{} + 29999ms);
+        co_await rtb::sleep_until(time_point(29999ms));
         c->advance(7ms);  // the tick at 30 begins at 30.006
     };
     auto noise = w.s.spawn(disturb(&w.clock));
