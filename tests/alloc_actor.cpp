@@ -407,7 +407,7 @@ TEST_CASE("ask_blocking: the failure comes to the asker, and the actor goes on")
         auto [h, join] = handle::spawn_on(w.s, plain_actor{&c}, config());
         w.s.run_until_idle();
         int answer = 0;
-        const bool ok = r.armed([&h = h, &answer] { answer = h.ask_blocking<int, cmd>(4).value_or(-1); });
+        const bool ok = r.armed([&asked = h, &answer] { answer = asked.ask_blocking<int, cmd>(4).value_or(-1); });
         r.expect(ok ? answer == 8 : answer == 0);
         r.expect(h.ask_blocking<int, cmd>(5).value_or(-1) == 10);
         r.expect(h.pending() == 0);
