@@ -5562,6 +5562,17 @@ inline namespace RTB_DETAIL_NS {
 namespace detail {
 struct service;
 
+/// A mutex held for one scope, without what unique_lock keeps track of: it is inlined, which unique_lock's calls are not.
+class hold : immovable {
+    port::mutex& m_;
+
+public:
+    explicit hold(port::mutex& m) : m_(m) { m.lock(); }
+    ~hold() { m_.unlock(); }
+};
+/// The time until which a blocking call waits. The clock is read only if there is a limit.
+inline time_point blocks_until(duration limit) noexcept { return limit == (duration::max)() ? never : deadline_after(clock::now(), limit); }
+
 struct close_on_cancel {
     service* s;
     void operator()() const noexcept;
@@ -5775,12 +5786,13 @@ inline void end_timed_wait(timer_node& timer, bool timed, bool signalled) noexce
         c->forget(timer.target);
 }
 
-/// The main task's sleep: until somebody signals, or until the time.
+/// The main task's sleep: until somebody signals, or until the time. `registered`: the main task looked at its state, found
+/// nothing to do and made itself the sleeper under one lock; it does the same when it looks again.
 class pause_leaf {
     service* s_;
     time_point until_;
     timer_node node_;
-    bool waiting_ = false;
+    bool registered_ = false, waiting_ = false;
 
     void leave() noexcept {
         if (!waiting_) return;
@@ -5800,23 +5812,27 @@ class pause_leaf {
 
 public:
     using rtb_leaf = void;
-    pause_leaf(service* s, time_point until) noexcept : s_(s), until_(until) {}
-    pause_leaf(pause_leaf&& o) noexcept : s_(o.s_), until_(o.until_) {}
+    pause_leaf(service* s, time_point until, bool registered = false) noexcept : s_(s), until_(until), registered_(registered) {}
+    pause_leaf(pause_leaf&& o) noexcept : s_(o.s_), until_(o.until_), registered_(o.registered_) {}
     ~pause_leaf() { leave(); }
-    bool ready(sched_core*) noexcept {
-        port::unique_lock l(s_->m);
-        return over_locked();
-    }
+    bool ready(sched_core*) const noexcept { return false; }  // the main task has just looked
     bool suspend(runnable* r) noexcept {
-        port::unique_lock l(s_->m);
-        if (over_locked()) return false;
+        if (!registered_) {
+            hold l(s_->m);
+            if (over_locked()) return false;
+            s_->sleeper = r;
+        }
         waiting_ = true;
-        s_->sleeper = r;
         node_.target = r;
         if (until_ != never) s_->core->timers.insert(&node_, until_);
         return true;
     }
-    void resume() noexcept { leave(); }
+    void resume() noexcept {
+        if (registered_ && until_ == never)
+            waiting_ = false;  // it was a signal, and the look that follows takes it
+        else
+            leave();
+    }
 };
 
 /// co_await: until the service is over, or until it begins to close; or for a while, if that was before.
@@ -5922,8 +5938,7 @@ template <class Err, class R> std::optional<Err> error_in(R&& r) {  // R: void's
     return std::nullopt;
 }
 /// Calls plain user code.
-template <class Err, class Call> callback_end<Err> call_plain(Call&& call) {
-    callback_end<Err> end;
+template <class Err, class Call> void call_plain_into(callback_end<Err>& end, Call&& call) {  // `end` is as new, and stays so on success
     RTB_DETAIL_TRY {
         if constexpr (std::is_void_v<decltype(call())>)
             call();
@@ -5934,6 +5949,10 @@ template <class Err, class Call> callback_end<Err> call_plain(Call&& call) {
         if (!std::current_exception()) RTB_DETAIL_RETHROW;  // a forced unwind
         end.error.emplace(std::current_exception());
     }
+}
+template <class Err, class Call> callback_end<Err> call_plain(Call&& call) {
+    callback_end<Err> end;
+    call_plain_into(end, call);
     return end;
 }
 inline task<void> grace_end_of(service* s) {
@@ -5965,13 +5984,13 @@ template <class Err, class Call> task<callback_end<Err>> run_callback(service* s
     }
     co_return end;
 }
-/// Calls user code. A plain callback is called here and now, without an allocation, and `end` says how it ended. For a
+/// Calls user code. A plain callback is called here and now, without an allocation, and `end`, which is new, says how it ended. For a
 /// coroutine: what to await for the same. No memory for that is a failure of the callback.
 template <class Err, class Call>
 std::optional<task<callback_end<Err>>> begin_callback(service* s, callback_end<Err>& end, Call& call, duration limit = (duration::max)()) {
     if constexpr (!is_task<decltype(call())>) {
         static_cast<void>(s), static_cast<void>(limit);
-        end = call_plain<Err>(call);
+        call_plain_into(end, call);
     } else {
         RTB_DETAIL_TRY { return run_callback<Err>(s, call, limit); }
         RTB_DETAIL_CATCH_ALL { end.error.emplace(std::current_exception()); }
@@ -6329,15 +6348,14 @@ template <class T, class Report> struct queue_service : reporting_service<Report
         n->unlink();
         if (!this->closing) admit_locked();
     }
-    /// Takes the oldest message out; the caller destroys it without the lock.
-    T take_locked() noexcept {
+    /// Hands the oldest message to `to`; the caller destroys it without the lock.
+    template <class To> void take_locked(To to) noexcept {
         T* p = slots + head;
-        T v(std::move(*p));
+        to(std::move(*p));
         p->~T();
         if (sizes) bytes -= sizes[head];
         head = slot(1);
         --count;
-        return v;
     }
     void refuse_locked() noexcept override {
         while (push_node<T>* n = pushing.pop_front()) {
@@ -6359,7 +6377,14 @@ template <class T, class Report> struct queue_service : reporting_service<Report
         this->drop_ref();
     }
     push_end push_blocking(T& v, std::size_t size, time_point until) {
-        if (this->core->out_of_reach() || this->is_closing()) return push_end::closed;
+        if (this->core->out_of_reach()) return push_end::closed;
+        if (current_run() == nullptr) {  // a plain thread can't close a cycle
+            hold l(this->m);
+            const push_end end = try_place_locked(v, size);
+            if (end != push_end::waiting) return end;
+        } else if (this->is_closing()) {
+            return push_end::closed;
+        }
         push_node<T> n;
         n.value = &v;
         n.bytes = size;
@@ -6430,7 +6455,7 @@ public:
             node::end = push_end::closed;
             return true;
         }
-        port::unique_lock l(s_->m);
+        hold l(s_->m);
         node::end = s_->try_place_locked(value_, node::bytes);
         if (node::end != push_end::waiting) return true;
         if (s_->in_callback(c)) node::end = push_end::would_deadlock;  // only this callback's return makes room
@@ -6518,8 +6543,8 @@ template <class T> struct sink_state : queue_service<T, close_report> {
     push_end try_push(T& v, std::size_t size) noexcept {
         if (this->core->out_of_reach()) return push_end::closed;
         std::optional<T> victim;  // destroyed without the lock
-        for (;;) {
-            port::unique_lock l(this->m);
+        for (;; victim.reset()) {
+            hold l(this->m);
             push_end end = this->try_place_locked(v, size);
             if (end == push_end::ok || end == push_end::closed) return end;
             if (end == push_end::full || config.overflow != overflow::drop_oldest || this->count == 0) {
@@ -6535,14 +6560,12 @@ template <class T> struct sink_state : queue_service<T, close_report> {
                 this->place_locked(std::move(v), size);
                 return push_end::ok;
             }
-            l.unlock();
-            victim.reset();
         }
     }
     void evict_locked(std::optional<T>& victim) noexcept {
         std::uint64_t gap = 1;
         if (this->gaps) gap += this->gaps[this->head];
-        victim.emplace(this->take_locked());
+        this->take_locked([&](T&& v) { victim.emplace(std::move(v)); });
         ++head_position;
         ++n_evicted;
         ++n_dropped;
@@ -6822,7 +6845,7 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
         do {
             if (this->gaps && !batch.empty() && this->gaps[this->head] != 0) break;
             if (this->sizes) size += this->sizes[this->head];
-            batch.push_back(this->take_locked());
+            this->take_locked([this](T&& v) { batch.push_back(std::move(v)); });
         } while (batch.size() < threshold && this->count != 0 && (c.batch_bytes == 0 || size < c.batch_bytes));
         const std::uint64_t n = batch.size();
         this->next_sequence += n;
@@ -6894,7 +6917,10 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                     };
                     callback_end<drain_error> end;
                     std::optional<task<callback_end<drain_error>>> calling = begin_callback<drain_error>(s, end, call);
-                    if (calling) end = co_await *calling;
+                    if (calling)
+                        end = co_await *calling;
+                    else
+                        co_await coop_leaf();
                     s->count_write(!end);
                     if (end.cut) co_return;  // the batch counts as abandoned
                     if (end.error && attempt < retry.max_attempts && !s->grace_over()) {
@@ -7071,7 +7097,7 @@ public:
     /// Waits for room in every mode. On the sink's own worker: would_deadlock. The timeout is real time.
     expected<void, push_error<T>> push_blocking(T v, duration timeout = (duration::max)()) {
         if (s_ == nullptr) return refused(detail::push_end::closed, std::move(v));
-        const detail::push_end end = s_->push_blocking(v, size_of(v), detail::deadline_after(clock::now(), timeout));
+        const detail::push_end end = s_->push_blocking(v, size_of(v), detail::blocks_until(timeout));
         if (end == detail::push_end::ok) return {};
         return refused(end, std::move(v));
     }
@@ -7611,7 +7637,7 @@ template <class C> struct actor_state : queue_service<C, actor_report> {
     }
     push_end try_send(C& c) noexcept {
         if (this->core->out_of_reach()) return push_end::closed;
-        port::unique_lock l(this->m);
+        hold l(this->m);
         const push_end end = this->try_place_locked(c, 0);
         return end == push_end::waiting ? push_end::full : end;
     }
@@ -7683,13 +7709,14 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
     bool may_restart() const noexcept { return Source::restarts && this->config.restart.max_restarts != 0; }
 
     enum class step { command, idle, sleep, stop };
-    // What comes next in a life. `command` is filled for step::command.
+    // What comes next in a life. `command` is filled for step::command. After step::sleep the main task is the sleeper.
     step next(std::optional<C>& command, time_point idle_at, time_point& until) noexcept {
-        port::unique_lock l(this->m);
+        hold l(this->m);
         this->signalled = false;
+        this->sleeper = nullptr;
         if (stops_locked()) return step::stop;
         if (this->count != 0) {
-            command.emplace(this->take_locked());
+            this->take_locked([&command](C&& taken) { command.emplace(std::move(taken)); });
             if (!this->pushing.empty()) this->admit_locked();
             this->wake_count = (std::numeric_limits<std::size_t>::max)();  // we look again before we sleep
             return step::command;
@@ -7697,6 +7724,7 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
         this->wake_count = 1;
         until = idle_at;
         if (idle_at != never && this->core->now() >= idle_at) return step::idle;
+        this->sleeper = this->core->current;  // the main task is not awaited by anybody
         return step::sleep;
     }
     void count_call(bool command, bool failed) noexcept {
@@ -7757,7 +7785,7 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     break;
                 }
                 if (what == step::sleep) {
-                    co_await pause_leaf(s, until);
+                    co_await pause_leaf(s, until, true);
                     continue;
                 }
                 callback_end<handler_error> end;
@@ -7801,7 +7829,7 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     {
                         port::unique_lock l(s->m);
                         if (s->count == 0) break;
-                        command.emplace(s->take_locked());
+                        s->take_locked([&command](C&& taken) { command.emplace(std::move(taken)); });
                         sched_core::bump<std::uint64_t>(s->rejected);
                     }
                     if constexpr (has_on_discard) {
@@ -7881,9 +7909,11 @@ template <class Command> class actor_handle {
     template <class R> static task<expected<R, actor_error>> ask_task(state_ref s, Command c, oneshot_receiver<R> rx) {
         const bool self = co_await detail::self_leaf(s.get());
         if (self) co_return rtb::unexpected(actor_error(actor_errc::would_deadlock));
-        send_op sending(s.get(), std::move(c), 0, (duration::max)());
-        expected<void, actor_send_error<Command>> sent = co_await sending;
-        if (!sent) co_return rtb::unexpected(actor_error(sent.error().code()));
+        if (s->try_send(c) != detail::push_end::ok) {  // the leaf finds out why, and waits
+            send_op sending(s.get(), std::move(c), 0, (duration::max)());
+            expected<void, actor_send_error<Command>> sent = co_await sending;
+            if (!sent) co_return rtb::unexpected(actor_error(sent.error().code()));
+        }
         expected<R, channel_error> reply = co_await rx;
         if (!reply) co_return rtb::unexpected(actor_error(actor_errc::closed));
         if constexpr (std::is_void_v<R>)
@@ -7893,7 +7923,7 @@ template <class Command> class actor_handle {
     }
     template <class R> expected<R, actor_error> ask_here(Command&& c, oneshot_receiver<R>& rx, duration timeout) {
         if (s_ == nullptr || s_->core->out_of_reach()) return rtb::unexpected(actor_error(actor_errc::closed));
-        const time_point until = detail::deadline_after(clock::now(), timeout);
+        const time_point until = detail::blocks_until(timeout);
         const detail::push_end sent = s_->push_blocking(c, 0, until);
         if (sent != detail::push_end::ok) return rtb::unexpected(actor_error(detail::push_code<actor_errc>(sent)));
         detail::oneshot_state<R>* const reply = detail::oneshot_access::state(rx);
@@ -7947,7 +7977,7 @@ public:
     /// On the actor's own worker: would_deadlock. The timeout is real time.
     expected<void, actor_send_error<Command>> send_blocking(Command c, duration timeout = (duration::max)()) {
         const detail::push_end end =
-            s_ != nullptr ? s_->push_blocking(c, 0, detail::deadline_after(clock::now(), timeout)) : detail::push_end::closed;
+            s_ != nullptr ? s_->push_blocking(c, 0, detail::blocks_until(timeout)) : detail::push_end::closed;
         if (end == detail::push_end::ok) return {};
         return refused(end, std::move(c));
     }

@@ -794,7 +794,7 @@ TEST_CASE("a drain may push into its own sink: it goes to a later batch") {
     auto made = background_sink<int>::spawn_on(w.s, feeding{own, seen, ok}, config(1000, 1));
     own->emplace(made.first);
     REQUIRE(made.first.try_push(1).has_value());
-    for (int i = 0; i < 100 && seen->size() < 20; ++i) w.s.poll();
+    for (int i = 0; i < 1000 && std::count(seen->begin(), seen->end(), 10) == 0; ++i) w.s.poll();
     CHECK(std::count(seen->begin(), seen->end(), 10) == 1);
     CHECK(ok >= 10);
     made.second.cancel();
