@@ -63,7 +63,7 @@ inline void keep(const T& value) {
 
 struct options {
     std::string filter{};  // rows whose name contains it
-    std::string only{};    // ours, floor or asio: measures nothing else, for a profiler
+    std::string only{};    // ours, floor or the peer's name: measures nothing else, for a profiler
     bool quick = false;    // small counts and few runs: shows that everything works
     bool list = false;     // names only
     bool best = false;     // the smallest cost of the runs instead of the median
@@ -75,6 +75,12 @@ struct options {
 inline options& opt() {
     static options o;
     return o;
+}
+
+/// The name of the third column.
+inline std::string& peer_name() {
+    static std::string name = "asio";
+    return name;
 }
 
 inline void parse(int argc, char** argv) {
@@ -99,8 +105,8 @@ inline void parse(int argc, char** argv) {
             o.runs = std::atoi(argv[++i]);
         } else {
             std::printf("usage: %s [--filter TEXT] [--quick] [--runs N] [--window MS] [--best] [--spread] "
-                        "[--list] [--only ours|floor|asio]\n",
-                        argv[0]);
+                        "[--list] [--only ours|floor|%s]\n",
+                        argv[0], peer_name().c_str());
             std::exit(a == "--help" ? 0 : 2);
         }
     }
@@ -295,10 +301,17 @@ struct metric {
     bool more_is_better = false;
 };
 
-/// One experiment: measured by up to three systems, yielding one or more rows.
+/// A further peer, with a line of its own below the row.
+struct other {
+    std::string name;
+    system_fn run{};
+};
+
+/// One experiment: measured by up to three systems and the other peers, yielding one or more rows.
 struct group {
     std::vector<metric> metrics{};
     system_fn ours{}, floor{}, peer{};
+    std::vector<other> others{};
     bool two_cpus = false;  // left out on a machine with one CPU
     int max_runs = 1000;    // for the slow ones
 };
@@ -396,12 +409,18 @@ inline void run_group(const group& g) {
         return;
     }
     const system_fn* systems[3] = {&g.ours, &g.floor, &g.peer};
-    const char* const names[3] = {"ours", "floor", "asio"};
+    const std::string names[3] = {"ours", "floor", peer_name()};
     std::vector<sample> runs[3];
+    std::vector<std::vector<sample>> other_runs(g.others.size());
     for (int r = 0; r < (std::min)(opt().runs, g.max_runs); ++r) {
         for (std::size_t s = 0; s < 3; ++s) {
             if (*systems[s] && (opt().only.empty() || opt().only == names[s])) {
                 runs[s].push_back((*systems[s])());
+            }
+        }
+        for (std::size_t k = 0; k < g.others.size(); ++k) {
+            if (g.others[k].run && (opt().only.empty() || opt().only == g.others[k].name)) {
+                other_runs[k].push_back(g.others[k].run());
             }
         }
     }
@@ -417,6 +436,12 @@ inline void run_group(const group& g) {
         if (opt().spread) {
             detail::line("    lowest..highest", it.unit, detail::range(runs[0], m), detail::range(runs[1], m),
                          detail::range(runs[2], m), "", "", "", "");
+        }
+        for (std::size_t k = 0; k < g.others.size(); ++k) {
+            if (!other_runs[k].empty()) {
+                const double value = detail::pick(other_runs[k], m, it.more_is_better);
+                detail::line("    " + g.others[k].name, it.unit, "", "", number(value), "", detail::ratio(ours, value), "", "");
+            }
         }
     }
 }
@@ -444,11 +469,11 @@ inline void print_machine() {
 #endif
     std::printf("CPUs: %u, load before the first row: %s, %s of %d runs%s\n", std::thread::hardware_concurrency(),
                 number(load[0]).c_str(), opt().best ? "best" : "median", opt().runs, opt().quick ? ", --quick" : "");
-    std::printf("unit k/s: thousands of calls per second, more is better; every other unit: less is better\n\n");
+    std::printf("units k/s, M/s: thousands, millions of calls per second, more is better; every other unit: less is better\n\n");
 }
 
 inline void print_head() {
-    detail::line("row", "unit", "ours", "floor", "asio", "/floor", "/asio", "to beat", "met");
+    detail::line("row", "unit", "ours", "floor", peer_name(), "/floor", "/peer", "to beat", "met");
     detail::line("---", "---", "---", "---", "---", "---", "---", "---", "---");
 }
 
