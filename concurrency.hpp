@@ -2414,7 +2414,7 @@ template <class T> struct frame_memory {
     // A multiple of 16, so that aligning the frame skips at most k_align - k_given bytes.
     static constexpr std::size_t k_slot_align = result_slot<T>::k_align > 16 ? result_slot<T>::k_align : 16;
     static constexpr std::size_t k_front = sizeof(frame_base) + ((result_slot<T>::k_size + k_slot_align - 1) & ~(k_slot_align - 1)) +
-                                           (k_slot_align > sizeof(frame_base) ? k_slot_align : 0);
+                                           (sizeof(frame_base) % k_slot_align != 0 ? k_slot_align : 0);
     static constexpr std::size_t k_given = __STDCPP_DEFAULT_NEW_ALIGNMENT__ < 16 ? __STDCPP_DEFAULT_NEW_ALIGNMENT__ : 16;
     static_assert((RTB_FRAME_ALIGN & (RTB_FRAME_ALIGN - 1)) == 0, "RTB_FRAME_ALIGN must be a power of two");
 

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""The tests with threads, again and again, for as long as you like, on a machine that makes it hard for them.
+
+Usage: tests/long_run.py [--minutes N] [--cxx clang++-19] [--sanitize thread] [--seed N] [--mode NAME]
+
+Builds tests/*_threads.cpp, tests/bridge_stress.cpp and tests/stress/*.cpp, then runs one after the other in random order of test cases
+(doctest's --rand-seed, printed), in one of these modes:
+  plain    as it is
+  one      pinned to one CPU
+  stops    SIGSTOP and SIGCONT at random moments
+  quota    5 % of a CPU (cgroup v2, as root; skipped otherwise)
+  busy     with two processes that burn CPU beside it
+Exit code 0: everything passed. A failure prints mode, program and seed, with which it can be repeated.
+SPDX-License-Identifier: MIT
+"""
+import argparse
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+CGROUP = pathlib.Path("/sys/fs/cgroup/rtb_long_run")
+
+
+def build(cxx: str, sanitize: str, folder: pathlib.Path) -> list:
+    """Programs as (name, command prefix, takes doctest options)."""
+    flags = ["-std=c++20", "-O1", "-g", "-I", str(HERE.parent), "-I", str(HERE), "-pthread", "-DRTB_TEST_HEADER=\"runtime_bridge.hpp\""]
+    if sanitize:
+        flags.append(f"-fsanitize={sanitize}")
+    programs = []
+    main = folder / "main.o"
+    subprocess.run([cxx, *flags, "-c", str(HERE / "main.cpp"), "-o", str(main)], check=True)
+    for source in sorted([*HERE.glob("*_threads.cpp"), HERE / "bridge_stress.cpp", *(HERE / "stress").glob("*.cpp")]):
+        with_main = "doctest" in source.read_text(encoding="utf-8")
+        program = folder / source.stem
+        print(f"building {source.name}", flush=True)
+        subprocess.run([cxx, *flags, str(source), *([str(main)] if with_main else []), "-o", str(program)], check=True)
+        programs.append((source.stem, program, with_main))
+    return programs
+
+
+def quota(pid: int) -> bool:
+    try:
+        CGROUP.mkdir(exist_ok=True)
+        (CGROUP / "cpu.max").write_text("5000 100000")
+        (CGROUP / "cgroup.procs").write_text(str(pid))
+    except OSError:
+        return False
+    return True
+
+
+def run(program: pathlib.Path, arguments: list, mode: str, rng: random.Random, log, patience: float) -> "int | None":
+    """The exit code; None: this mode does not work here."""
+    def prepare() -> None:
+        if mode == "one":
+            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
+
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 if mode == "busy" else 0)]
+    child = subprocess.Popen([str(program), *arguments], stdout=log, stderr=subprocess.STDOUT, preexec_fn=prepare)
+    try:
+        if mode == "quota" and not quota(child.pid):
+            return None
+        end = time.monotonic() + patience
+        while child.poll() is None:
+            if time.monotonic() > end:
+                child.send_signal(signal.SIGCONT)
+                child.send_signal(signal.SIGABRT)
+                child.wait()
+                return -1
+            if mode == "stops":
+                child.send_signal(signal.SIGSTOP)
+                time.sleep(rng.uniform(0.001, 0.05))
+                child.send_signal(signal.SIGCONT)
+            time.sleep(rng.uniform(0.001, 0.05))
+        return child.returncode
+    finally:
+        for process in [child, *burners]:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--cxx", default="clang++-19")
+    parser.add_argument("--sanitize", default="thread")
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 1000000)
+    parser.add_argument("--mode", choices=["plain", "one", "stops", "quota", "busy"])
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    counts: dict = {}
+    print(f"seed {args.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        programs = build(args.cxx, args.sanitize, folder)
+        end = time.monotonic() + args.minutes * 60
+        modes = [args.mode] if args.mode else ["plain", "one", "stops", "quota", "busy"]
+        while time.monotonic() < end and modes:
+            mode = rng.choice(modes)
+            stem, program, doctest = rng.choice(programs)
+            seed = rng.randrange(1, 1 << 31)
+            arguments = ["--order-by=rand", f"--rand-seed={seed}"] if doctest else []
+            with open(folder / "log", "w+", encoding="utf-8") as log:
+                code = run(program, arguments, mode, rng, log, 3600 if mode == "quota" else 900)
+                if code is None:
+                    print(f"{mode}: not possible here", flush=True)
+                    modes.remove(mode)
+                elif code not in (0, 77):
+                    log.seek(0)
+                    print(log.read()[-20000:])
+                    print(f"FAILED {stem}, mode {mode}, {' '.join(arguments)}, exit code {code}")
+                    return 1
+                else:
+                    counts[mode] = counts.get(mode, 0) + 1
+    if CGROUP.exists():
+        CGROUP.rmdir()
+    print(", ".join(f"{mode} {n}" for mode, n in sorted(counts.items())) + " runs passed")
+    return 0 if counts else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
