@@ -366,10 +366,14 @@ void meet(int count, int round) {
     }
 }
 
-atomic<int> g_x{0}, g_y{0};
-constexpr int k_cells = 4096;
-atomic<int> g_xs[k_cells], g_ys[k_cells];
-int g_saw[2][k_cells];
+struct alignas(64) on_its_own_line {
+    atomic<int> value{0};
+};
+alignas(64) atomic<int> g_x{0};
+alignas(64) atomic<int> g_y{0};
+on_its_own_line g_ready[2];
+constexpr int k_tries = 20000;
+int g_saw[2][k_tries];
 [[maybe_unused]] void memory_order() {
     // Counting.
     static atomic<std::uint64_t> total{0};
@@ -397,31 +401,26 @@ int g_saw[2][k_cells];
         }
     });
     // Store buffering: sequentially consistent operations do not pass each other, so one of the two sees the other's store.
-    static int both_old;
-    both_old = 0;
-    g_arrived.store(0);
+    // They set off together for every single try; what they saw is compared afterwards.
+    g_x.store(0);
+    g_y.store(0);
     on_threads(2, [](int me) {
-        for (int round = 0; round < 100; ++round) {
-            if (me == 0) {
-                for (int i = 0; i < k_cells; ++i) {
-                    g_xs[i].store(0, std::memory_order_relaxed);
-                    g_ys[i].store(0, std::memory_order_relaxed);
-                }
+        atomic<int>& mine = me == 0 ? g_x : g_y;
+        atomic<int>& other = me == 0 ? g_y : g_x;
+        for (int i = 0; i < k_tries; ++i) {
+            g_ready[me].value.store(i + 1, std::memory_order_release);
+            for (int spins = 0; g_ready[1 - me].value.load(std::memory_order_acquire) <= i; ++spins) {
+                port::spin_hint();
+                if (spins > 2000) port::yield_thread();
             }
-            meet(2, 3 * round + 1);
-            meet(2, 3 * round + 2);
-            for (int i = 0; i < k_cells; ++i) {
-                (me == 0 ? g_xs : g_ys)[i].store(1);
-                g_saw[me][i] = (me == 0 ? g_ys : g_xs)[i].load();
-            }
-            meet(2, 3 * round + 3);
-            if (me == 0) {
-                for (int i = 0; i < k_cells; ++i) {
-                    if (g_saw[0][i] == 0 && g_saw[1][i] == 0) ++both_old;
-                }
-            }
+            mine.store(i + 1);
+            g_saw[me][i] = other.load();
         }
     });
+    int both_old = 0;
+    for (int i = 0; i < k_tries; ++i) {
+        if (g_saw[0][i] <= i && g_saw[1][i] <= i) ++both_old;
+    }
     CHECK(both_old == 0);
 }
 
