@@ -239,7 +239,7 @@ TEST_CASE("damage of any kind gives a prefix of what happened, or is refused") {
             return;
         }
         REQUIRE(c.records < prefixes.size());
-        REQUIRE(digest(c.table) == prefixes[c.records]);
+        REQUIRE(digest(c.table) == prefixes[static_cast<std::size_t>(c.records)]);
         ++(c.records == prefixes.size() - 1 ? whole : shorter);
     };
     for (std::size_t n = 0; n <= file.size(); ++n) look(bytes(file.begin(), file.begin() + static_cast<std::ptrdiff_t>(n)));

@@ -1,7 +1,11 @@
 // No threads, no files: the registry in memory is what remains.
 // SPDX-License-Identifier: MIT
+#ifndef RTB_NO_THREADS
 #define RTB_NO_THREADS
+#endif
+#ifndef RTB_NO_FILESYSTEM
 #define RTB_NO_FILESYSTEM
+#endif
 #include "concurrency.hpp"
 
 #include "check.hpp"
