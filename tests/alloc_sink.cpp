@@ -15,6 +15,8 @@ int main() { return 77; }  // skipped
 
 #include "concurrency.hpp"
 
+#include "failing_allocator.hpp"
+
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -22,65 +24,6 @@ int main() { return 77; }  // skipped
 #include <span>
 #include <string>
 #include <system_error>
-
-// ---- the allocator that fails ----
-
-namespace {
-constexpr long k_off = -1;
-thread_local long t_countdown = k_off;  // this thread's allocations
-thread_local bool t_for_ever = false;   // every one from there on, not only that one
-thread_local bool t_hit = false;
-std::atomic<long> g_live{0}, g_made{0};
-
-bool fails_now() noexcept {
-    if (t_countdown < 0) return false;
-    if (t_countdown == 0) {
-        t_hit = true;
-        if (!t_for_ever) t_countdown = k_off;
-        return true;
-    }
-    --t_countdown;
-    return false;
-}
-void* allocate(std::size_t size, std::size_t align) noexcept {
-    if (fails_now()) return nullptr;
-    void* p = align <= alignof(std::max_align_t) ? std::malloc(size == 0 ? 1 : size) : std::aligned_alloc(align, (size + align - 1) / align * align);
-    if (p != nullptr) g_live.fetch_add(1, std::memory_order_relaxed);
-    g_made.fetch_add(1, std::memory_order_relaxed);
-    return p;
-}
-// Not inlined: g++ would see free() for what came from operator new, and warn.
-#if defined(__GNUC__) || defined(__clang__)
-__attribute__((noinline))
-#endif
-void release(void* p) noexcept {
-    if (p == nullptr) return;
-    g_live.fetch_sub(1, std::memory_order_relaxed);
-    std::free(p);
-}
-void* allocate_or_throw(std::size_t size, std::size_t align) {
-    void* p = allocate(size, align);
-    if (p == nullptr) throw std::bad_alloc();
-    return p;
-}
-}  // namespace
-
-void* operator new(std::size_t n) { return allocate_or_throw(n, 1); }
-void* operator new[](std::size_t n) { return allocate_or_throw(n, 1); }
-void* operator new(std::size_t n, std::align_val_t a) { return allocate_or_throw(n, static_cast<std::size_t>(a)); }
-void* operator new[](std::size_t n, std::align_val_t a) { return allocate_or_throw(n, static_cast<std::size_t>(a)); }
-void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return allocate(n, 1); }
-void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return allocate(n, 1); }
-void operator delete(void* p) noexcept { release(p); }
-void operator delete[](void* p) noexcept { release(p); }
-void operator delete(void* p, std::size_t) noexcept { release(p); }
-void operator delete[](void* p, std::size_t) noexcept { release(p); }
-void operator delete(void* p, std::align_val_t) noexcept { release(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { release(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { release(p); }
-void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { release(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { release(p); }
-void operator delete[](void* p, const std::nothrow_t&) noexcept { release(p); }
 
 namespace {
 using namespace std::chrono_literals;
@@ -92,71 +35,10 @@ using flush_result = rtb::expected<void, rtb::sink_error>;
 
 const char* const k_long_name = "a name with more than fifteen characters, so that it needs a block";
 
-/// One round: the k-th allocation inside armed() fails. Keeps its findings without allocating, so that they don't disturb.
-class round_of {
-    long k_;
-    bool for_ever_;
-    bool hit_ = false;
-    int failures_ = 0, line_ = 0;
-
-public:
-    round_of(long k, bool for_ever) : k_(k), for_ever_(for_ever) {}
-    bool hit() const { return hit_; }
-    int failures() const { return failures_; }
-    int line() const { return line_; }
-    void expect(bool ok, int line = __builtin_LINE()) {
-        if (ok) return;
-        ++failures_;
-        if (line_ == 0) line_ = line;
-    }
-    /// Runs f with the failure armed; false: a bad_alloc came out of it.
-    template <class F> bool armed(F f) {
-        struct guard {
-            round_of* self;
-            explicit guard(round_of* s) : self(s) {
-                t_hit = false;
-                t_for_ever = s->for_ever_;
-                t_countdown = s->k_;
-            }
-            ~guard() {
-                self->hit_ = self->hit_ || t_hit;
-                t_countdown = k_off;
-            }
-        };
-        try {
-            const guard g(this);
-            f();
-            return true;
-        } catch (const std::bad_alloc&) {
-            return false;
-        }
-    }
-};
-
-/// scenario(round) until it gets through without a failure, both with one failure and with no memory from there on.
-template <class S> long every_failure(S scenario) {
-    {
-        round_of warm(1'000'000, false);  // what libraries allocate once
-        scenario(warm);
-        CHECK_MESSAGE(warm.failures() == 0, "without a failure: line ", warm.line());
-    }
-    long points = 0;
-    for (const bool for_ever : {false, true}) {
-        for (long k = 0;; ++k) {
-            REQUIRE(k < 1000);
-            const long before = g_live.load();
-            round_of round(k, for_ever);
-            scenario(round);
-            const long after = g_live.load();
-            CHECK_MESSAGE(round.failures() == 0,
-                          std::string(for_ever ? "no memory from allocation " : "no memory for allocation "), k, ": line ", round.line());
-            CHECK_MESSAGE(after == before, "allocation ", k, ": ", after - before, " blocks leaked");
-            if (!round.hit()) {
-                points = k;
-                break;
-            }
-        }
-    }
+/// With one failure, and with no memory from there on.
+template <class S> long every_failure_and_dearth(S scenario) {
+    const long points = every_failure(scenario);
+    every_failure(scenario, reach::this_thread_for_ever);
     return points;
 }
 
@@ -225,7 +107,7 @@ rtb::task<> flush_into(background_sink<int> sink, std::optional<flush_result>* o
 }  // namespace
 
 TEST_CASE("a sink that can't be made leaves nothing behind") {
-    CHECK(every_failure([](round_of& r) {
+    CHECK(every_failure_and_dearth([](round_of& r) {
               pumped p;
               counts c;
               rtb::cancellation_token token;
@@ -243,7 +125,7 @@ TEST_CASE("a sink that can't be made leaves nothing behind") {
 }
 
 TEST_CASE("a sink with a thread that can't be made leaves nothing behind") {
-    CHECK(every_failure([](round_of& r) {
+    CHECK(every_failure_and_dearth([](round_of& r) {
               counts c;
               bool refused = false;
               const bool ok = r.armed([&] {
@@ -260,7 +142,7 @@ TEST_CASE("a sink with a thread that can't be made leaves nothing behind") {
 }
 
 TEST_CASE("try_spawn says that there is no memory as a value") {
-    CHECK(every_failure([](round_of& r) {
+    CHECK(every_failure_and_dearth([](round_of& r) {
               pumped p;
               counts c;
               const bool ok = r.armed([&] {
@@ -280,14 +162,14 @@ TEST_CASE("try_push allocates nothing, whatever comes of it") {
         cfg.overflow = mode;
         auto made = background_sink<int>::spawn_on(p.s, plain{&c}, cfg);
         p.time.run_until_idle();
-        const long before = g_made;
+        const long before = g_count;
         for (int i = 0; i < 10; ++i) static_cast<void>(made.first.try_push(i));
         made.second.cancel();
-        const long closing = g_made;
+        const long closing = g_count;
         for (int i = 0; i < 10; ++i) static_cast<void>(made.first.try_push(i));
         static_cast<void>(made.first.pending());
         CHECK(closing == before);
-        CHECK(g_made == closing);
+        CHECK(g_count == closing);
     }
 }
 
@@ -296,10 +178,10 @@ TEST_CASE("push_blocking with room, stats and pending allocate nothing") {
     counts c;
     auto made = background_sink<int>::spawn_on(p.s, plain{&c}, config(4, 4));
     p.time.run_until_idle();
-    const long before = g_made;
+    const long before = g_count;
     CHECK(made.first.push_blocking(1, 0s).has_value());
     CHECK(made.first.pending() == 1);
-    CHECK(g_made == before);
+    CHECK(g_count == before);
 }
 
 TEST_CASE("without memory for a write: no message is lost without a word, the sink goes on, and the flush tells the truth") {
@@ -344,8 +226,8 @@ TEST_CASE("without memory for a write: no message is lost without a word, the si
             r.expect(c.closed == 1);
         };
     };
-    SUBCASE("a plain drain") { every_failure(scenario([](counts* c) { return plain{c}; })); }
-    SUBCASE("a coroutine") { every_failure(scenario([](counts* c) { return slow{c}; })); }
+    SUBCASE("a plain drain") { every_failure_and_dearth(scenario([](counts* c) { return plain{c}; })); }
+    SUBCASE("a coroutine") { every_failure_and_dearth(scenario([](counts* c) { return slow{c}; })); }
 }
 
 TEST_CASE("without memory for a failure: the flush still says that something was lost") {
@@ -375,12 +257,12 @@ TEST_CASE("without memory for a failure: the flush still says that something was
             r.expect(g && g->has_value());
         };
     };
-    SUBCASE("a plain drain") { every_failure(scenario([](counts* c) { return plain{c}; })); }
-    SUBCASE("a coroutine") { every_failure(scenario([](counts* c) { return slow{c}; })); }
+    SUBCASE("a plain drain") { every_failure_and_dearth(scenario([](counts* c) { return plain{c}; })); }
+    SUBCASE("a coroutine") { every_failure_and_dearth(scenario([](counts* c) { return slow{c}; })); }
 }
 
 TEST_CASE("a flush that is answered and not yet taken keeps its failure, even if there is no memory for the next one") {
-    every_failure([](round_of& r) {
+    every_failure_and_dearth([](round_of& r) {
         pumped p;
         counts c;
         c.fail = true;
@@ -410,7 +292,7 @@ TEST_CASE("a flush that is answered and not yet taken keeps its failure, even if
 }
 
 TEST_CASE("flush_blocking without memory for its answer: the failure stays for the next flush") {
-    CHECK(every_failure([](round_of& r) {
+    CHECK(every_failure_and_dearth([](round_of& r) {
               pumped p;
               counts c;
               c.fail = true;
@@ -456,12 +338,12 @@ TEST_CASE("without memory at the close the report still adds up, and the sink en
             if (!r.hit()) r.expect(report && report->written == 5 && c.closed == 1 && !report->close_error);
         };
     };
-    SUBCASE("a plain drain") { every_failure(scenario([](counts* c) { return plain{c}; })); }
-    SUBCASE("a coroutine") { every_failure(scenario([](counts* c) { return slow{c}; })); }
+    SUBCASE("a plain drain") { every_failure_and_dearth(scenario([](counts* c) { return plain{c}; })); }
+    SUBCASE("a coroutine") { every_failure_and_dearth(scenario([](counts* c) { return slow{c}; })); }
 }
 
 TEST_CASE("an exposition without memory throws and changes nothing") {
-    CHECK(every_failure([](round_of& r) {
+    CHECK(every_failure_and_dearth([](round_of& r) {
               pumped p;
               counts c;
               auto cfg = config(8, 2);
