@@ -1,6 +1,8 @@
 // job_queue.cpp - a job queue on the command line: jobs are rows of a journal file, and survive whatever happens to the program.
 //
-//   job_queue FILE add ID KIND [TEXT]   kinds: say, sleep (milliseconds), flaky (works the third time)
+//   job_queue FILE add ID KIND [TEXT]   kinds: say, sleep (milliseconds), flaky (works the third time), note (adds its id to the
+//                                       file TEXT)
+//   job_queue FILE once ID KIND [TEXT]  the same for a job that must not be started a second time, whatever happens
 //   job_queue FILE run                  runs what is there, until nothing is left to run
 //   job_queue FILE status               one line per job that has not ended, or of the ids that follow
 //   job_queue FILE cancel ID
@@ -8,8 +10,11 @@
 //   job_queue                           shows itself, with a file of its own
 //
 // A journal is open in one program at a time: `add` waits for a moment if `run` has it.
+// job_queue_test.py kills it at every point between the claim of a job and its end (die_at.hpp), and at random moments.
 // SPDX-License-Identifier: MIT
 #include "concurrency.hpp"
+
+#include "die_at.hpp"
 
 #include <chrono>
 #include <cstdio>
@@ -23,6 +28,13 @@ using namespace std::chrono_literals;
 using text = rtb::expected<std::string, rtb::process_error>;
 
 // ---- the jobs ---------------------------------------------------------------------------------------------------------
+
+bool append_line(const std::string& path, const std::string& text_of_line) {
+    std::FILE* f = std::fopen(path.c_str(), "a");
+    if (f == nullptr) return false;
+    const bool written = std::fputs((text_of_line + "\n").c_str(), f) >= 0;
+    return std::fclose(f) == 0 && written;
+}
 
 // Bodies of re-runnable jobs happen at least once: what they do must bear a repetition.
 rtb::task<text> work(rtb::process_context& job) {
@@ -39,6 +51,12 @@ rtb::task<text> work(rtb::process_context& job) {
     if (job.kind() == "flaky") {
         if (job.attempt() < 3) co_return rtb::unexpected(rtb::process_error(rtb::process_errc::retry, "not this time"));
         co_return "attempt " + std::to_string(job.attempt());
+    }
+    if (job.kind() == "note") {
+        const bool written = co_await rtb::run_blocking(append_line, job.input(), job.id());  // a file: not on this thread
+        die_at::here("body");
+        if (!written) co_return rtb::unexpected(rtb::process_error("can't write " + job.input()));
+        co_return std::string("noted");
     }
     co_return rtb::unexpected(rtb::process_error("a job of kind '" + job.kind() + "' can't be done"));
 }
@@ -69,25 +87,33 @@ template <class T> auto now(rtb::task<T> t) {
     rtb::scheduler s;
     return std::move(*s.block_on(std::move(t)));
 }
-int add(const registry& jobs, const std::vector<std::string>& args) {
+int add(const registry& jobs, const std::vector<std::string>& args, rtb::process_disposition disposition) {
     rtb::process_registration job;
     job.id = args[0];
     job.kind = args[1];
     job.input = args.size() > 2 ? args[2] : "";
-    job.disposition = rtb::process_disposition::rerunnable;
+    job.disposition = disposition;
+    job.max_attempts = 50;  // a program that is killed in the middle of a job has used one
     const auto r = now(jobs->register_process(std::move(job)));  // durable when it returns
     return r ? 0 : complain("add", r.error());
 }
-std::vector<std::string> waiting_jobs(const registry& jobs) {
-    std::vector<std::string> ids;
+std::vector<rtb::process_record> waiting_jobs(const registry& jobs) {
+    std::vector<rtb::process_record> all;
     for (rtb::process_page page;;) {
         auto rows = now(jobs->list_non_terminal(page));
-        if (!rows || rows->empty()) return ids;
-        for (const rtb::process_record& r : *rows) ids.push_back(r.id);
-        page.after = ids.back();
+        if (!rows || rows->empty()) return all;
+        for (rtb::process_record& r : *rows) all.push_back(std::move(r));
+        page.after = all.back().id;
     }
 }
 int run(const registry& jobs) {
+    const std::vector<rtb::process_record> waiting = waiting_jobs(jobs);
+    // Nobody else has the journal open: whoever started one of these is gone, and only somebody who knows that may say so.
+    for (const rtb::process_record& r : waiting)
+        if (r.disposition == rtb::process_disposition::owner_bound && r.first_started)
+            if (const auto asked = now(jobs->request_abandon(r.id, "job_queue", "the program was gone before it ended")); !asked)
+                return complain("request_abandon", asked.error());
+    die_at::arm();
     rtb::durable_process_worker_config config;
     config.registry = jobs;
     config.handler = work;
@@ -97,8 +123,8 @@ int run(const registry& jobs) {
     auto handle_of = std::make_shared<rtb::inline_process_run_handle>(std::move(config));
     auto [poke, runner] = rtb::process_work_runner::spawn(std::move(handle_of), {.poll_interval = 50ms});
     const rtb::process_work_driver driver(jobs, poke);
-    for (const std::string& id : waiting_jobs(jobs)) {
-        const auto r = now(driver.await_terminal(id));
+    for (const rtb::process_record& row : waiting) {
+        const auto r = now(driver.await_terminal(row.id));
         if (r) show(*r);
     }
     runner.cancel();
@@ -106,7 +132,8 @@ int run(const registry& jobs) {
     return report && !report->stuck ? 0 : 1;
 }
 int status(const registry& jobs, std::vector<std::string> ids) {
-    if (ids.empty()) ids = waiting_jobs(jobs);
+    if (ids.empty())
+        for (const rtb::process_record& r : waiting_jobs(jobs)) ids.push_back(r.id);
     for (const std::string& id : ids) {
         const auto r = now(jobs->try_get(id));
         if (!r) return complain("status", r.error());
@@ -130,14 +157,17 @@ int prune(const registry& jobs) {
 int command(const std::string& file, const std::string& what, const std::vector<std::string>& args) {
     rtb::journal_options options;
     options.lock_wait = 2s;
+    dying_files files;  // outlives the registry
+    if (die_at::wanted()) options.files = &files;
     auto opened = rtb::journal_process_registry::open(file, options);
     if (!opened) return complain(file.c_str(), opened.error());
-    if (what == "add" && args.size() >= 2) return add(*opened, args);
+    if (what == "add" && args.size() >= 2) return add(*opened, args, rtb::process_disposition::rerunnable);
+    if (what == "once" && args.size() >= 2) return add(*opened, args, rtb::process_disposition::owner_bound);
     if (what == "run") return run(*opened);
     if (what == "status") return status(*opened, args);
     if (what == "cancel" && args.size() == 1) return cancel(*opened, args[0]);
     if (what == "prune") return prune(*opened);
-    std::fprintf(stderr, "job_queue FILE add ID KIND [TEXT] | run | status [ID...] | cancel ID | prune\n");
+    std::fprintf(stderr, "job_queue FILE add|once ID KIND [TEXT] | run | status [ID...] | cancel ID | prune\n");
     return 2;
 }
 
