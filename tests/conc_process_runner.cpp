@@ -1,6 +1,8 @@
 // The process runner under virtual time: verdicts, leases, retries, cancellation, waiting for other processes, stopping.
+// Scenarios with a store run once over each registry that comes with the library.
 // SPDX-License-Identifier: MIT
 #include "concurrency.hpp"
+#include "sim_disk.hpp"
 #include "sim_registry.hpp"
 
 #include <doctest/doctest.h>
@@ -44,6 +46,36 @@ struct quiet {  // what is expected to be logged, and how often
     }
 };
 
+using store_maker = std::shared_ptr<rtb::process_registry> (*)(rtb::manual_clock*);
+std::shared_ptr<rtb::process_registry> in_memory(rtb::manual_clock* clock) {
+    return std::make_shared<rtb::memory_process_registry>(clock);
+}
+std::shared_ptr<rtb::process_registry> in_a_journal(rtb::manual_clock* clock) {
+    struct on_disk {
+        sim_disk disk;
+        std::shared_ptr<rtb::journal_process_registry> journal;
+    };
+    const auto both = std::make_shared<on_disk>();
+    rtb::journal_options o;
+    o.time = clock;
+    o.files = &both->disk;
+    both->journal = rtb::journal_process_registry::open("j", o).value();
+    return std::shared_ptr<rtb::process_registry>(both, both->journal.get());
+}
+
+#define RTB_TEST_JOIN_(a, b) a##b
+#define RTB_TEST_JOIN(a, b) RTB_TEST_JOIN_(a, b)
+#define STORE_TEST_CASE(name)                                                              \
+    static void RTB_TEST_JOIN(scenario_, __LINE__)(store_maker);                           \
+    TEST_CASE(name) {                                                                      \
+        const std::pair<const char*, store_maker> stores[] = {{"memory", in_memory}, {"journal", in_a_journal}}; \
+        for (const auto& [store, make] : stores) {                                         \
+            CAPTURE(std::string(store));                                                   \
+            RTB_TEST_JOIN(scenario_, __LINE__)(make);                                      \
+        }                                                                                  \
+    }                                                                                      \
+    static void RTB_TEST_JOIN(scenario_, __LINE__)(store_maker make_store)
+
 // A store and one scheduler under a manual clock; time moves by run(d) only.
 struct world {
     rtb::manual_clock clock;
@@ -52,9 +84,11 @@ struct world {
         o.time = &clock;
         return o;
     }()};
-    std::shared_ptr<rtb::memory_process_registry> store = std::make_shared<rtb::memory_process_registry>(&clock);
-    std::shared_ptr<sim::registry> reg = std::make_shared<sim::registry>(store);
+    std::shared_ptr<rtb::process_registry> store;
+    std::shared_ptr<sim::registry> reg;
     std::vector<rtb::process_fault> faults;
+
+    explicit world(store_maker make) : store(make(&clock)), reg(std::make_shared<sim::registry>(store)) {}
 
     rtb::durable_process_worker_config config(rtb::process_handler handler) {
         rtb::durable_process_worker_config c;
@@ -127,8 +161,8 @@ text echo(process_context& c) {
 
 // ---- the loop ---------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a row that is there at the start is run at once, without a poke") {
-    world w;
+STORE_TEST_CASE("a row that is there at the start is run at once, without a poke") {
+    world w(make_store);
     w.add("a", process_disposition::rerunnable, 5, "in");
     runner r(w, w.config(echo));
     w.settle();
@@ -138,8 +172,8 @@ TEST_CASE("a row that is there at the start is run at once, without a poke") {
     CHECK(w.faults.empty());
 }
 
-TEST_CASE("a poke starts what was registered since; without one the poll does, an interval after the start") {
-    world w;
+STORE_TEST_CASE("a poke starts what was registered since; without one the poll does, an interval after the start") {
+    world w(make_store);
     runner r(w, w.config(echo));
     w.settle();
     w.add("poked");
@@ -170,7 +204,7 @@ struct counting_handle : rtb::process_run_handle {
 }  // namespace
 
 TEST_CASE("drives: at the start, every interval, after a missed poll an interval later") {
-    world w;
+    world w(in_memory);
     auto h = std::make_shared<counting_handle>(&w.clock);
     auto [poke, handle] = rtb::process_work_runner::spawn_on(w.s, h, {.poll_interval = 100ms});
     w.run(250ms);
@@ -183,7 +217,7 @@ TEST_CASE("drives: at the start, every interval, after a missed poll an interval
 }
 
 TEST_CASE("jitter delays polls by less than itself and keeps their phase") {
-    world w;
+    world w(in_memory);
     auto h = std::make_shared<counting_handle>(&w.clock);
     auto [poke, handle] = rtb::process_work_runner::spawn_on(w.s, h, {.poll_interval = 100ms, .jitter = 50ms});
     w.run(5s);
@@ -200,7 +234,7 @@ TEST_CASE("jitter delays polls by less than itself and keeps their phase") {
 
 TEST_CASE("a drive that fails or throws is logged, and the loop goes on") {
     quiet q;
-    world w;
+    world w(in_memory);
     auto h = std::make_shared<counting_handle>(&w.clock);
     h->then = [](std::size_t n) -> expected<void, process_error> {
         if (n == 1) return rtb::unexpected(process_error("no store"));
@@ -220,7 +254,7 @@ TEST_CASE("a drive that fails or throws is logged, and the loop goes on") {
 }
 
 TEST_CASE("pokes during a drive lead to one more drive; after the stop they are refused") {
-    world w;
+    world w(in_memory);
     auto h = std::make_shared<counting_handle>(&w.clock);
     h->takes = 50ms;
     auto [poke, handle] = rtb::process_work_runner::spawn_on(w.s, h);
@@ -235,7 +269,7 @@ TEST_CASE("pokes during a drive lead to one more drive; after the stop they are 
 }
 
 TEST_CASE("a config or options that can't work are refused") {
-    world w;
+    world w(in_memory);
     const auto bad = [&](auto change) {
         auto c = w.config(echo);
         change(c);
@@ -260,8 +294,8 @@ TEST_CASE("a config or options that can't work are refused") {
 
 // ---- the verdict table ------------------------------------------------------------------------------------------------
 
-TEST_CASE("externally owned: never claimed, until its abandonment is requested") {
-    world w;
+STORE_TEST_CASE("externally owned: never claimed, until its abandonment is requested") {
+    world w(make_store);
     w.add("x", process_disposition::externally_owned);
     runner r(w, w.config(echo));
     w.run(5s);
@@ -275,8 +309,8 @@ TEST_CASE("externally owned: never claimed, until its abandonment is requested")
     CHECK(w.faults.empty());
 }
 
-TEST_CASE("owner-bound: started elsewhere and silent, it is left alone for ever; a request abandons it after the lapse") {
-    world w;
+STORE_TEST_CASE("owner-bound: started elsewhere and silent, it is left alone for ever; a request abandons it after the lapse") {
+    world w(make_store);
     int bodies = 0;
     w.add("o", process_disposition::owner_bound);
     const auto lease = w.claim("o", "other");
@@ -291,8 +325,8 @@ TEST_CASE("owner-bound: started elsewhere and silent, it is left alone for ever;
     CHECK(bodies == 0);
 }
 
-TEST_CASE("an abandon request does nothing while somebody holds the row") {
-    world w;
+STORE_TEST_CASE("an abandon request does nothing while somebody holds the row") {
+    world w(make_store);
     w.add("o", process_disposition::owner_bound);
     const auto lease = w.claim("o", "other", 20s);
     REQUIRE(w.now(w.store->record_first_started(lease)).has_value());
@@ -305,8 +339,8 @@ TEST_CASE("an abandon request does nothing while somebody holds the row") {
     CHECK(w.get("o").output == "first");
 }
 
-TEST_CASE("owner-bound: a holder whose process is dead is swept; a living one is not") {
-    world w;
+STORE_TEST_CASE("owner-bound: a holder whose process is dead is swept; a living one is not") {
+    world w(make_store);
     const auto me = rtb::detail::host_process::here();
     if (me.boot.empty()) return;  // can't be known on this system
     const auto start_as = [&](const char* id, std::uint64_t pid, std::uint64_t started) {
@@ -329,8 +363,8 @@ TEST_CASE("owner-bound: a holder whose process is dead is swept; a living one is
     CHECK(w.get("alive").status == process_status::running);
 }
 
-TEST_CASE("owner-bound: the record of the claim decides, not the page (another worker started it in between)") {
-    world w;
+STORE_TEST_CASE("owner-bound: the record of the claim decides, not the page (another worker started it in between)") {
+    world w(make_store);
     int bodies = 0;
     w.add("o", process_disposition::owner_bound);
     bool once = true;
@@ -347,8 +381,8 @@ TEST_CASE("owner-bound: the record of the claim decides, not the page (another w
     CHECK(w.get("o").status == process_status::running);
 }
 
-TEST_CASE("re-runnable with no attempt left is abandoned as given up, without a start") {
-    world w;
+STORE_TEST_CASE("re-runnable with no attempt left is abandoned as given up, without a start") {
+    world w(make_store);
     int bodies = 0;
     w.add("a", process_disposition::rerunnable, 1);
     const auto lease = w.claim("a", "other", 1s);
@@ -359,8 +393,8 @@ TEST_CASE("re-runnable with no attempt left is abandoned as given up, without a 
     CHECK(w.get("a").abandoned_by == process_abandoner::gave_up);
 }
 
-TEST_CASE("the start is recorded before the first instruction of the body") {
-    world w;
+STORE_TEST_CASE("the start is recorded before the first instruction of the body") {
+    world w(make_store);
     w.add("a");
     std::optional<process_record> seen;
     auto c = w.config([&](process_context& ctx) -> task<text> {
@@ -379,8 +413,8 @@ TEST_CASE("the start is recorded before the first instruction of the body") {
 
 // ---- what bodies return -----------------------------------------------------------------------------------------------
 
-TEST_CASE("an error that a body returns is terminal; so is one without a cancel request that says cancelled") {
-    world w;
+STORE_TEST_CASE("an error that a body returns is terminal; so is one without a cancel request that says cancelled") {
+    world w(make_store);
     w.add("e");
     w.add("c");
     runner r(w, w.config([](process_context& c) -> text {
@@ -394,9 +428,9 @@ TEST_CASE("an error that a body returns is terminal; so is one without a cancel 
     CHECK(w.get("e").attempts == 1);
 }
 
-TEST_CASE("exceptions of any type, and process_errc::retry, are retried with growing waits, then given up") {
+STORE_TEST_CASE("exceptions of any type, and process_errc::retry, are retried with growing waits, then given up") {
     for (int kind = 0; kind < 4; ++kind) {
-        world w;
+        world w(make_store);
         w.add("a", process_disposition::rerunnable, 4);
         std::vector<std::int64_t> at;
         runner r(w, w.config([&](process_context& c) -> text {
@@ -419,8 +453,8 @@ TEST_CASE("exceptions of any type, and process_errc::retry, are retried with gro
     }
 }
 
-TEST_CASE("an owner-bound body that throws is never started again") {
-    world w;
+STORE_TEST_CASE("an owner-bound body that throws is never started again") {
+    world w(make_store);
     int bodies = 0;
     w.add("o", process_disposition::owner_bound);
     runner r(w, w.config([&](process_context&) -> text {
@@ -433,8 +467,8 @@ TEST_CASE("an owner-bound body that throws is never started again") {
     CHECK(w.get("o").output == "once");
 }
 
-TEST_CASE("ten poison rows and a good one at concurrency 1: the good row runs promptly, no row is hot") {
-    world w;
+STORE_TEST_CASE("ten poison rows and a good one at concurrency 1: the good row runs promptly, no row is hot") {
+    world w(make_store);
     for (int i = 0; i < 10; ++i) w.add("p" + std::to_string(i), process_disposition::rerunnable, 3);
     w.add("z-good");
     int bodies = 0;
@@ -455,7 +489,7 @@ TEST_CASE("ten poison rows and a good one at concurrency 1: the good row runs pr
 
 TEST_CASE("handlers may be plain or coroutines, and return a text, an expected, or nothing") {
     const auto run_with = [](rtb::process_handler h) {
-        world w;
+        world w(in_memory);
         w.add("a");
         runner r(w, w.config(std::move(h)));
         w.settle();
@@ -474,8 +508,8 @@ TEST_CASE("handlers may be plain or coroutines, and return a text, an expected, 
 
 // ---- slots ------------------------------------------------------------------------------------------------------------
 
-TEST_CASE("never more bodies than slots, each row once, and a freed slot goes on with the walk at once") {
-    world w;
+STORE_TEST_CASE("never more bodies than slots, each row once, and a freed slot goes on with the walk at once") {
+    world w(make_store);
     for (int i = 0; i < 100; ++i) w.add("r" + std::to_string(i));
     int running = 0, most = 0;
     std::map<std::string, int> ran;
@@ -496,8 +530,8 @@ TEST_CASE("never more bodies than slots, each row once, and a freed slot goes on
     CHECK(r.worker().active() == 0);
 }
 
-TEST_CASE("a full page of rows that can't be taken does not hide the rows behind it") {
-    world w;
+STORE_TEST_CASE("a full page of rows that can't be taken does not hide the rows behind it") {
+    world w(make_store);
     for (int i = 0; i < 50; ++i) w.add("a" + std::to_string(i), process_disposition::externally_owned);
     for (int i = 0; i < 50; ++i) {
         w.add("b" + std::to_string(i));
@@ -511,8 +545,8 @@ TEST_CASE("a full page of rows that can't be taken does not hide the rows behind
     CHECK(w.get("c").terminal());
 }
 
-TEST_CASE("rows with small ids that keep coming do not keep a large one waiting") {
-    world w;
+STORE_TEST_CASE("rows with small ids that keep coming do not keep a large one waiting") {
+    world w(make_store);
     w.add("y500");
     w.add("z");
     int next = 499, before_z = -1;
@@ -543,8 +577,8 @@ TEST_CASE("rows with small ids that keep coming do not keep a large one waiting"
     CHECK(before_z <= 4);
 }
 
-TEST_CASE("many rows with a page size of 1 all run, and the first starts at once") {
-    world w;
+STORE_TEST_CASE("many rows with a page size of 1 all run, and the first starts at once") {
+    world w(make_store);
     constexpr int n = 3000;
     for (int i = 0; i < n; ++i) w.add("r" + std::to_string(i));
     int ran = 0;
@@ -556,8 +590,8 @@ TEST_CASE("many rows with a page size of 1 all run, and the first starts at once
     CHECK(ran == n);
 }
 
-TEST_CASE("pages with duplicates, ended rows, in no order, with a zero byte in an id, or without an id") {
-    world w;
+STORE_TEST_CASE("pages with duplicates, ended rows, in no order, with a zero byte in an id, or without an id") {
+    world w(make_store);
     struct odd : sim::registry {
         std::shared_ptr<rtb::process_registry> in;
         explicit odd(std::shared_ptr<rtb::process_registry> i) : sim::registry(i), in(i) {}
@@ -595,8 +629,8 @@ TEST_CASE("pages with duplicates, ended rows, in no order, with a zero byte in a
     CHECK(w.count("list_non_terminal") >= 1);
 }
 
-TEST_CASE("a page that fails leaves the rest to the next sweep") {
-    world w;
+STORE_TEST_CASE("a page that fails leaves the rest to the next sweep") {
+    world w(make_store);
     for (int i = 0; i < 30; ++i) w.add("r" + std::to_string(100 + i));
     int lists = 0;
     w.reg->on_call = [&](const std::string& op, const std::string&) {
@@ -618,14 +652,14 @@ TEST_CASE("a page that fails leaves the rest to the next sweep") {
 
 // ---- claims, starts, ends whose answers are lost ----------------------------------------------------------------------
 
-TEST_CASE("a lost answer, at any call, by any kind of failure, before or after the effect: the row runs once, each error is told once") {
+STORE_TEST_CASE("a lost answer, at any call, by any kind of failure, before or after the effect: the row runs once, each error is told once") {
     for (const char* op : {"claim", "record_first_started", "complete_with_lease", "release", "renew"})
         for (int after = 0; after < 2; ++after)
             for (const auto kind : {sim::plan::error, sim::plan::std_exception, sim::plan::other_exception, sim::plan::out_of_memory}) {
                 CAPTURE(op);
                 CAPTURE(after);
                 CAPTURE(static_cast<int>(kind));
-                world w;
+                world w(make_store);
                 w.add("a");
                 int failures = 2, bodies = 0;
                 w.reg->on_call = [&](const std::string& o, const std::string&) {
@@ -652,8 +686,8 @@ TEST_CASE("a lost answer, at any call, by any kind of failure, before or after t
             }
 }
 
-TEST_CASE("an end that can't be stored while the lease is trusted is reported with the outcome, and the row runs again") {
-    world w;
+STORE_TEST_CASE("an end that can't be stored while the lease is trusted is reported with the outcome, and the row runs again") {
+    world w(make_store);
     w.add("a");
     int bodies = 0;
     bool broken = true;
@@ -678,8 +712,8 @@ TEST_CASE("an end that can't be stored while the lease is trusted is reported wi
     CHECK(w.get("a").attempts == 2);
 }
 
-TEST_CASE("an outcome that the registry refuses ends the row as failed, with a copy for the fault handler") {
-    world w;
+STORE_TEST_CASE("an outcome that the registry refuses ends the row as failed, with a copy for the fault handler") {
+    world w(make_store);
     w.add("a");
     int calls = 0;
     w.reg->on_call = [&](const std::string& op, const std::string&) {
@@ -699,8 +733,8 @@ TEST_CASE("an outcome that the registry refuses ends the row as failed, with a c
 
 // ---- leases -----------------------------------------------------------------------------------------------------------
 
-TEST_CASE("a body that outlasts its lease many times over keeps it") {
-    world w;
+STORE_TEST_CASE("a body that outlasts its lease many times over keeps it") {
+    world w(make_store);
     w.add("a");
     bool owner = true;
     runner r(w, w.config([&](process_context& c) -> task<text> {
@@ -716,8 +750,8 @@ TEST_CASE("a body that outlasts its lease many times over keeps it") {
     CHECK(owner);
 }
 
-TEST_CASE("renewals that fail are repeated until the lease can't be trusted; then the body is told, and nothing is written") {
-    world w;
+STORE_TEST_CASE("renewals that fail are repeated until the lease can't be trusted; then the body is told, and nothing is written") {
+    world w(make_store);
     w.add("a");
     bool broken = true;
     std::int64_t told = -1;
@@ -751,8 +785,8 @@ TEST_CASE("renewals that fail are repeated until the lease can't be trusted; the
     CHECK(with_outcome);
 }
 
-TEST_CASE("two failed renewals and a good one: the body goes on") {
-    world w;
+STORE_TEST_CASE("two failed renewals and a good one: the body goes on") {
+    world w(make_store);
     w.add("a");
     int n = 0;
     w.reg->on_call = [&](const std::string& op, const std::string&) {
@@ -769,8 +803,8 @@ TEST_CASE("two failed renewals and a good one: the body goes on") {
     CHECK(w.get("a").attempts == 1);
 }
 
-TEST_CASE("a renewal that succeeds slowly does not extend the trust beyond what was asked, and not at all when it is too late") {
-    world w;
+STORE_TEST_CASE("a renewal that succeeds slowly does not extend the trust beyond what was asked, and not at all when it is too late") {
+    world w(make_store);
     w.add("a");
     std::int64_t told = -1;
     w.reg->on_call = [&](const std::string& op, const std::string&) {
@@ -790,8 +824,8 @@ TEST_CASE("a renewal that succeeds slowly does not extend the trust beyond what 
     CHECK(w.get("a").status == process_status::running);
 }
 
-TEST_CASE("a slow renewal counts from when it was asked for") {
-    world w;
+STORE_TEST_CASE("a slow renewal counts from when it was asked for") {
+    world w(make_store);
     w.add("a");
     std::int64_t told = -1;
     int n = 0;
@@ -814,8 +848,8 @@ TEST_CASE("a slow renewal counts from when it was asked for") {
     CHECK(told == 37000);
 }
 
-TEST_CASE("a lease that somebody else took stops the body at once, and the winner's end stands") {
-    world w;
+STORE_TEST_CASE("a lease that somebody else took stops the body at once, and the winner's end stands") {
+    world w(make_store);
     w.add("a");
     bool stopped = false;
     w.reg->on_call = [&](const std::string& op, const std::string&) {
@@ -840,8 +874,8 @@ TEST_CASE("a lease that somebody else took stops the body at once, and the winne
     CHECK(w.get("a").output == "second");
 }
 
-TEST_CASE("a runner that is paused for longer than its lease writes nothing when it goes on") {
-    world w;
+STORE_TEST_CASE("a runner that is paused for longer than its lease writes nothing when it goes on") {
+    world w(make_store);
     w.add("a");
     int ended = 0;
     runner r(w, w.config([&](process_context& c) -> task<text> {
@@ -866,8 +900,8 @@ TEST_CASE("a runner that is paused for longer than its lease writes nothing when
     CHECK(w.get("a").output == "winner");
 }
 
-TEST_CASE("an owner-bound body whose lease was lost is abandoned by its own worker, never run again") {
-    world w;
+STORE_TEST_CASE("an owner-bound body whose lease was lost is abandoned by its own worker, never run again") {
+    world w(make_store);
     int bodies = 0;
     w.add("o", process_disposition::owner_bound);
     w.reg->on_call = [&](const std::string& op, const std::string&) {
@@ -885,8 +919,8 @@ TEST_CASE("an owner-bound body whose lease was lost is abandoned by its own work
     CHECK(w.get("o").abandoned_by == process_abandoner::sweep);
 }
 
-TEST_CASE("two workers on one registry: each row is run once") {
-    world w;
+STORE_TEST_CASE("two workers on one registry: each row is run once") {
+    world w(make_store);
     for (int i = 0; i < 60; ++i) w.add("r" + std::to_string(i));
     std::map<std::string, int> ran;
     const auto handler = [&](process_context& c) -> task<text> {
@@ -905,8 +939,8 @@ TEST_CASE("two workers on one registry: each row is run once") {
 
 // ---- cancellation -----------------------------------------------------------------------------------------------------
 
-TEST_CASE("a cancel request before the claim: the body never starts") {
-    world w;
+STORE_TEST_CASE("a cancel request before the claim: the body never starts") {
+    world w(make_store);
     int bodies = 0;
     w.add("a");
     w.add("o", process_disposition::owner_bound);
@@ -920,10 +954,10 @@ TEST_CASE("a cancel request before the claim: the body never starts") {
     CHECK(w.get("o").status == process_status::cancelled);
 }
 
-TEST_CASE("a cancel request during the body: at once here, with the next renewal elsewhere; what the body returns counts") {
+STORE_TEST_CASE("a cancel request during the body: at once here, with the next renewal elsewhere; what the body returns counts") {
     for (const bool here : {true, false}) {
         CAPTURE(here);
-        world w;
+        world w(make_store);
         w.add("c");
         w.add("f");
         w.add("k");
@@ -979,8 +1013,8 @@ task<text> nested(process_context& c) {
 }
 }  // namespace
 
-TEST_CASE("parents that wait for children at concurrency 1, five deep, all end, without a poll") {
-    world w;
+STORE_TEST_CASE("parents that wait for children at concurrency 1, five deep, all end, without a poll") {
+    world w(make_store);
     w.add("p", process_disposition::rerunnable, 5, "5");
     auto c = w.config(nested);
     c.concurrency = 1;
@@ -990,8 +1024,8 @@ TEST_CASE("parents that wait for children at concurrency 1, five deep, all end, 
     CHECK(w.get("p").attempts == 1);
 }
 
-TEST_CASE("a body that waits has no slot; it takes one again before it goes on, before newcomers") {
-    world w;
+STORE_TEST_CASE("a body that waits has no slot; it takes one again before it goes on, before newcomers") {
+    world w(make_store);
     int running = 0, most = 0;
     std::vector<std::string> order;
     w.add("a-parent");
@@ -1021,8 +1055,8 @@ TEST_CASE("a body that waits has no slot; it takes one again before it goes on, 
     CHECK(std::find(order.begin(), order.begin() + 3, "a-parent") != order.begin() + 3);
 }
 
-TEST_CASE("a wait that is cancelled takes its slot again; waiting for oneself or for nothing is an error") {
-    world w;
+STORE_TEST_CASE("a wait that is cancelled takes its slot again; waiting for oneself or for nothing is an error") {
+    world w(make_store);
     w.add("a");
     std::vector<std::string> said;
     auto c = w.config([&](process_context& ctx) -> task<text> {
@@ -1048,8 +1082,8 @@ TEST_CASE("a wait that is cancelled takes its slot again; waiting for oneself or
     CHECK(w.get("a").status == process_status::cancelled);
 }
 
-TEST_CASE("a driver waits for an end in this program at once, and for one elsewhere by polling") {
-    world w;
+STORE_TEST_CASE("a driver waits for an end in this program at once, and for one elsewhere by polling") {
+    world w(make_store);
     w.add("here");
     w.add("there", process_disposition::externally_owned);
     runner r(w, w.config([](process_context&) -> task<text> {
@@ -1075,8 +1109,8 @@ TEST_CASE("a driver waits for an end in this program at once, and for one elsewh
 
 // ---- stopping ---------------------------------------------------------------------------------------------------------
 
-TEST_CASE("stop: bodies are told, then destroyed after the grace; attempts are refunded, owner-bound rows abandoned, no lease is held") {
-    world w;
+STORE_TEST_CASE("stop: bodies are told, then destroyed after the grace; attempts are refunded, owner-bound rows abandoned, no lease is held") {
+    world w(make_store);
     w.add("polite");
     w.add("rude");
     w.add("bound", process_disposition::owner_bound);
@@ -1127,10 +1161,10 @@ TEST_CASE("stop: bodies are told, then destroyed after the grace; attempts are r
     CHECK(refused.error() == process_errc::closed);
 }
 
-TEST_CASE("stop while a call of the registry is in progress, whichever: it is waited for, and leaves nothing behind") {
+STORE_TEST_CASE("stop while a call of the registry is in progress, whichever: it is waited for, and leaves nothing behind") {
     for (const char* op : {"list_non_terminal", "claim", "record_first_started", "renew", "complete_with_lease", "release"}) {
         CAPTURE(op);
-        world w;
+        world w(make_store);
         w.add("a");
         bool in_call = false;
         w.reg->on_call = [&](const std::string& o, const std::string&) {
@@ -1158,8 +1192,8 @@ TEST_CASE("stop while a call of the registry is in progress, whichever: it is wa
     }
 }
 
-TEST_CASE("a registry that never answers delays stop until close_timeout; the rows are reported") {
-    world w;
+STORE_TEST_CASE("a registry that never answers delays stop until close_timeout; the rows are reported") {
+    world w(make_store);
     w.add("a");
     w.reg->on_call = [&](const std::string& o, const std::string&) {
         sim::plan p;
@@ -1179,8 +1213,8 @@ TEST_CASE("a registry that never answers delays stop until close_timeout; the ro
     CHECK(r.worker().active() == 0);
 }
 
-TEST_CASE("a drive that hangs does not outlive close_timeout") {
-    world w;
+STORE_TEST_CASE("a drive that hangs does not outlive close_timeout") {
+    world w(make_store);
     w.add("a");
     w.reg->on_call = [&](const std::string& o, const std::string&) {
         sim::plan p;
@@ -1194,8 +1228,8 @@ TEST_CASE("a drive that hangs does not outlive close_timeout") {
     CHECK(r.handle.done());
 }
 
-TEST_CASE("waiting for the runner inside of its scheduler is would_deadlock; joining is not") {
-    world w;
+STORE_TEST_CASE("waiting for the runner inside of its scheduler is would_deadlock; joining is not") {
+    world w(make_store);
     runner r(w, w.config(echo));
     w.settle();
     bool joined = false;
@@ -1211,8 +1245,8 @@ TEST_CASE("waiting for the runner inside of its scheduler is would_deadlock; joi
     CHECK(joined);
 }
 
-TEST_CASE("a handle's destructor stops its own runner only, and does not wait on a shared scheduler") {
-    world w;
+STORE_TEST_CASE("a handle's destructor stops its own runner only, and does not wait on a shared scheduler") {
+    world w(make_store);
     rtb::cancellation_token token;
     runner a(w, w.config(echo), token);
     std::optional<runner> b;
@@ -1228,8 +1262,8 @@ TEST_CASE("a handle's destructor stops its own runner only, and does not wait on
     CHECK_FALSE(a.poke.poke());
 }
 
-TEST_CASE("a detached runner goes on until its token is cancelled") {
-    world w;
+STORE_TEST_CASE("a detached runner goes on until its token is cancelled") {
+    world w(make_store);
     rtb::cancellation_token token;
     std::optional<rtb::process_work_poke> poke;
     {
@@ -1274,8 +1308,8 @@ TEST_CASE("a scheduler that goes takes rows, bodies and runner with it; the leas
 
 // ---- the worker by itself ---------------------------------------------------------------------------------------------
 
-TEST_CASE("run() runs one process and gives its record; a row that is held elsewhere is given as it is") {
-    world w;
+STORE_TEST_CASE("run() runs one process and gives its record; a row that is held elsewhere is given as it is") {
+    world w(make_store);
     w.add("a");
     w.add("b");
     w.claim("b", "other", 1h);
@@ -1289,8 +1323,8 @@ TEST_CASE("run() runs one process and gives its record; a row that is held elsew
     CHECK(w.now(worker.run("nobody")).error() == process_errc::not_found);
 }
 
-TEST_CASE("drive_pending returns when the rows are launched, or every slot is taken") {
-    world w;
+STORE_TEST_CASE("drive_pending returns when the rows are launched, or every slot is taken") {
+    world w(make_store);
     for (int i = 0; i < 3; ++i) w.add("r" + std::to_string(i));
     auto c = w.config([](process_context&) -> task<> { co_await rtb::sleep_for(1s); });
     c.concurrency = 2;
@@ -1307,8 +1341,8 @@ TEST_CASE("drive_pending returns when the rows are launched, or every slot is ta
     CHECK(w.get("r2").terminal());
 }
 
-TEST_CASE("draining abandons the owner-bound rows that this worker started, and nothing else") {
-    world w;
+STORE_TEST_CASE("draining abandons the owner-bound rows that this worker started, and nothing else") {
+    world w(make_store);
     w.add("mine", process_disposition::owner_bound);
     w.add("rerun");
     w.add("theirs", process_disposition::owner_bound);
@@ -1327,9 +1361,9 @@ TEST_CASE("draining abandons the owner-bound rows that this worker started, and 
     CHECK(worker.active() == 1);
 }
 
-TEST_CASE("a fault handler that throws, and a maintenance that fails, do no harm") {
+STORE_TEST_CASE("a fault handler that throws, and a maintenance that fails, do no harm") {
     quiet q;
-    world w;
+    world w(make_store);
     w.add("a");
     w.reg->on_call = [&](const std::string& op, const std::string&) {
         sim::plan p;
