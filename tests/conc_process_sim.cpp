@@ -1,9 +1,12 @@
 // Deterministic simulation of process runners: several over one store, with failures before and after the effect of calls,
-// slow calls, pauses longer than a lease, clocks that run at different rates, and crashes at any point where a task waits.
+// slow calls, pauses longer than a lease, clocks that run at different rates and step, and crashes at any point where a task
+// waits. The store is in memory, or a journal on a simulated disk: then the disk fails too, and the machine crashes at any
+// call of the disk, with any part of what was not synced, and comes back with another wall clock.
 // The invariants are checked after every step. Each seed runs twice and must do the same both times.
-//   RTB_SIM_SEEDS=n   how many seeds (default 300); RTB_SIM_SEED=s runs only that one and prints its trace
+//   RTB_SIM_SEEDS=n   how many seeds (default 300, over a journal 150); RTB_SIM_SEED=s runs only that one and prints its trace
 // SPDX-License-Identifier: MIT
 #include "concurrency.hpp"
+#include "sim_disk.hpp"
 #include "sim_registry.hpp"
 
 #include <doctest/doctest.h>
@@ -50,17 +53,16 @@ public:
 };
 
 // What is broken on purpose, to see that the invariants notice: one for each group of them.
-enum class mutant { none, forgets_fences, forgets_starts, stale_claims, hides_rows, drops_faults, one_slot_too_many, changes_ends };
+enum class mutant { none, forgets_fences, forgets_starts, stale_claims, hides_rows, drops_faults, one_slot_too_many, changes_ends, never_syncs };
 
 // A store that breaks one promise.
 class broken_store : public sim::registry {
     template <class T> using result = rtb::expected<T, process_error>;
-    std::shared_ptr<rtb::memory_process_registry> in_;
+    std::shared_ptr<rtb::process_registry> in_;
     mutant m_;
-    int n_ = 0;
 
 public:
-    broken_store(std::shared_ptr<rtb::memory_process_registry> in, mutant m) : sim::registry(in), in_(std::move(in)), m_(m) {}
+    broken_store(std::shared_ptr<rtb::process_registry> in, mutant m) : sim::registry(in), in_(std::move(in)), m_(m) {}
     task<result<process_record>> complete_with_lease(rtb::process_lease l, rtb::process_outcome o) override {
         if (m_ == mutant::forgets_fences) {  // whoever holds it: any lease will do
             co_await rtb::sleep_for(on_call("complete_with_lease", l.process_id).delay_before);
@@ -137,8 +139,12 @@ struct world {
     };
     const mutant broken;
     dice r;
-    rtb::manual_clock clock;  // the store's, and the world's
-    std::shared_ptr<rtb::memory_process_registry> store = std::make_shared<rtb::memory_process_registry>(&clock);
+    const bool on_disk;
+    std::unique_ptr<rtb::manual_clock> clock = std::make_unique<rtb::manual_clock>();  // the store's, and the world's
+    std::unique_ptr<sim_disk> disk;
+    std::shared_ptr<rtb::journal_process_registry> journal;
+    std::shared_ptr<rtb::process_registry> store;
+    std::size_t next_disk_fault = 0, machine_crashes = 0;
     rtb::scheduler observer;
     std::vector<node> nodes{3};
     std::vector<running_body> bodies;
@@ -147,20 +153,80 @@ struct world {
     std::map<std::string, int> bound_starts;
     std::size_t ids = 0;
     bool faults_on = true;
-    bool sites[8] = {};
+    bool sites[10] = {};
     std::uint64_t trace = 14695981039346656037u;
     std::string violation;
     bool verbose = false;
 
-    world(std::uint64_t seed, mutant m) : broken(m), r(seed) {
+    world(std::uint64_t seed, mutant m, bool journals) : broken(m), r(seed), on_disk(journals) {
         for (bool& s : sites) s = r.one_in(2);
+        if (on_disk) {
+            disk = std::make_unique<sim_disk>();
+            open_journal();
+        } else {
+            store = std::make_shared<rtb::memory_process_registry>(clock.get());
+        }
         for (std::size_t i = 0; i < nodes.size(); ++i) start(i);
     }
     ~world() {
         for (node& n : nodes) kill(n);
     }
 
-    std::int64_t ms() const { return std::chrono::duration_cast<std::chrono::milliseconds>(clock.now().time_since_epoch()).count(); }
+    void open_journal() {
+        rtb::journal_options o;
+        o.time = clock.get();
+        o.files = disk.get();
+        o.compact_above = 4096;
+        if (broken == mutant::never_syncs) o.sync = rtb::journal_sync::none;
+        auto opened = rtb::journal_process_registry::open("j", o);
+        if (!opened) return fail(std::string("I12: the journal can't be opened: ") + opened.error().what());
+        store = journal = *opened;
+    }
+    // The journal can't be written any more, or the machine stopped: all its programs are gone, and start again.
+    void crash_machine() {
+        ++machine_crashes;
+        note("machine crash");
+        for (node& n : nodes) kill(n);
+        const bool power = disk->dead() || r.one_in(2);
+        if (!disk->dead()) {  // nothing more is written, by a destructor neither
+            disk->crash_at = disk->calls + 1;
+            disk->crash_kind = sim_disk::crash::before;
+        }
+        store.reset();
+        journal.reset();
+        const sim_disk::loss losses[] = {sim_disk::loss::all, sim_disk::loss::nothing, sim_disk::loss::random};
+        auto next = std::make_unique<sim_disk>(disk->restarted(power ? losses[r.below(3)] : sim_disk::loss::nothing, r.next()));
+        disk = std::move(next);
+        next_disk_fault = 0;
+        // A battery that is empty, a time server that is wrong: an hour back or forth, but not before the time of the first start.
+        const std::int64_t hour = 3600000, then = ms(), step = r.below(3) == 0 ? hour : r.below(2) == 0 ? -hour : 0;
+        clock = std::make_unique<rtb::manual_clock>(rtb::time_point(std::chrono::milliseconds((std::max)(then + step, std::int64_t{0}))));
+        for (node& n : nodes) {
+            n.paused_until = 0;
+            n.down_until = ms() + static_cast<std::int64_t>(r.below(500));
+        }
+        open_journal();
+        if (store != nullptr) check();
+    }
+    bool machine_is_well() {
+        if (on_disk && violation.empty() && (disk->dead() || journal->report().state == rtb::journal_state::poisoned)) crash_machine();
+        return violation.empty();
+    }
+    void fail_disk() {  // at one of the next calls
+        if (next_disk_fault >= disk->calls || disk->crash_kind != sim_disk::crash::none) return;
+        next_disk_fault = disk->calls + 1 + r.below(20);
+        if (r.one_in(3)) {
+            const sim_disk::crash kinds[] = {sim_disk::crash::before, sim_disk::crash::after, sim_disk::crash::torn};
+            disk->crash_kind = kinds[r.below(3)];
+            disk->crash_at = next_disk_fault;
+        } else {
+            const sim_disk::fault kinds[] = {sim_disk::fault::eio, sim_disk::fault::no_space, sim_disk::fault::interrupted, sim_disk::fault::short_write};
+            disk->faults[next_disk_fault] = kinds[r.below(4)];
+        }
+        note("disk fault");
+    }
+
+    std::int64_t ms() const { return std::chrono::duration_cast<std::chrono::milliseconds>(clock->now().time_since_epoch()).count(); }
     void note(const std::string& line) {
         for (const char c : line) trace = (trace ^ static_cast<unsigned char>(c)) * 1099511628211u;
         if (verbose) std::printf("%8lld %s\n", static_cast<long long>(ms()), line.c_str());
@@ -226,7 +292,7 @@ struct world {
     }
     void start(std::size_t i) {
         node& n = nodes[i];
-        n.clock = std::make_unique<rtb::manual_clock>(clock.now());
+        n.clock = std::make_unique<rtb::manual_clock>(clock->now());
         rtb::scheduler_options o;
         o.time = n.clock.get();
         o.shuffle_seed = r.next() | 1;
@@ -262,10 +328,16 @@ struct world {
         if (n.s == nullptr) return;
         n.s.reset();
         n.runner.reset();
+        n.reg.reset();
         n.clock.reset();
     }
 
-    process_record record(const std::string& id) { return **ask(store->try_get(id)); }
+    process_record record(const std::string& id) {
+        const auto row = ask(store->try_get(id));
+        if (row && *row) return **row;
+        fail("I12: " + id + " is gone");
+        return before[id];
+    }
     std::size_t bodies_on(int on, bool waiting_too) const {
         return static_cast<std::size_t>(std::count_if(bodies.begin(), bodies.end(), [&](const auto& b) { return b.on == on && (waiting_too || !b.waits); }));
     }
@@ -288,7 +360,7 @@ struct world {
         for (std::size_t k = 0; k < ids && n.reg->failed == 0 && n.quarters == 4 && n.paused_until == 0 && report->left.empty(); ++k) {
             const auto lease = ask(store->get_lease("p" + std::to_string(k)));
             const std::string life = "life" + std::to_string(n.life) + ".";
-            if (!lease || !*lease || clock.now() >= (**lease).expires) continue;
+            if (!lease || !*lease || clock->now() >= (**lease).expires) continue;
             if ((**lease).owner.id == "node" + std::to_string(i) && (**lease).owner.incarnation.starts_with(life)) fail("I11: a lease is held after the stop");
         }
         kill(n);
@@ -317,13 +389,17 @@ struct world {
         const std::uint64_t what = r.below(1000);
         if (what < 40 && ids < 24) {
             rtb::process_registration p;
-            p.id = "p" + std::to_string(ids++);
+            p.id = "p" + std::to_string(ids);
             p.kind = "sim";
             const std::uint64_t d = r.below(10);
             p.disposition = d < 6 ? process_disposition::rerunnable : d < 9 ? process_disposition::owner_bound : process_disposition::externally_owned;
             p.max_attempts = static_cast<std::uint32_t>(1 + r.below(4));
             note("register " + p.id);
-            static_cast<void>(ask(store->register_process(p)));
+            if (!ask(store->register_process(p))) {  // the disk: done or not
+                if (machine_is_well() && *ask(store->try_get(p.id))) ++ids;
+                return;
+            }
+            ++ids;
             node& n = nodes[r.below(nodes.size())];
             if (n.runner) n.runner->first.poke();
         } else if (what < 60 && ids > 0) {
@@ -345,7 +421,17 @@ struct world {
             node& n = nodes[r.below(nodes.size())];
             if (!sites[7]) return;
             n.paused_until = ms() + static_cast<std::int64_t>(r.below(9000));  // longer than a lease, sometimes
-        } else if (what < 88) {
+        } else if (what < 87) {
+            node& n = nodes[r.below(nodes.size())];
+            const auto step = std::chrono::milliseconds(r.below(60000));
+            if (!sites[8] || r.one_in(4) || n.clock == nullptr)
+                return;
+            else if (r.one_in(2))
+                n.clock->advance(step);  // forward for the node: back for the store
+            else
+                clock->advance(step);
+            note("clock step");
+        } else if (what < 90) {
             const std::size_t i = r.below(nodes.size());
             if (nodes[i].s == nullptr) return;
             note("stop " + std::to_string(i));
@@ -354,12 +440,19 @@ struct world {
         } else if (what < 300) {
             node& n = nodes[r.below(nodes.size())];
             if (n.runner) n.runner->first.poke();
+        } else if (what < 310) {
+            if (on_disk && sites[9]) fail_disk();
+        } else if (what < 312) {
+            if (on_disk && sites[9]) crash_machine();
+        } else if (what < 316) {
+            static_cast<void>(ask(store->maintain()));
         }
     }
     void step() {
         act();
+        if (!machine_is_well()) return;
         const auto dt = std::chrono::milliseconds(1 + r.below(faults_on ? 60 : 20));
-        clock.advance(dt);
+        clock->advance(dt);
         for (std::size_t i = 0; i < nodes.size(); ++i) {
             node& n = nodes[i];
             if (n.s == nullptr) {
@@ -367,7 +460,9 @@ struct world {
                 continue;
             }
             n.clock->advance(dt * n.quarters / 4);
-            if (ms() >= n.paused_until) run_node(i);
+            if (ms() < n.paused_until) continue;
+            run_node(i);
+            if (!machine_is_well()) return;
         }
     }
     void run() {
@@ -377,9 +472,13 @@ struct world {
         faults_on = false;
         for (bool& s : sites) s = false;
         for (node& n : nodes) n.paused_until = 0;
+        if (on_disk) {
+            disk->faults.clear();
+            if (!disk->dead()) disk->crash_kind = sim_disk::crash::none;
+        }
         for (int i = 0; i < 12000 && violation.empty(); ++i) {
             const auto dt = 20ms;
-            clock.advance(dt);
+            clock->advance(dt);
             for (std::size_t k = 0; k < nodes.size(); ++k) {
                 node& n = nodes[k];
                 if (n.s == nullptr) {
@@ -388,13 +487,14 @@ struct world {
                 }
                 n.clock->advance(dt);
                 run_node(k);
+                if (!machine_is_well()) break;
             }
             if (i % 50 == 0) {
                 check();
                 if (i > 50 && quiet()) break;
             }
         }
-        check();
+        if (violation.empty()) check();
         for (const node& n : nodes)
             if (n.s != nullptr && n.reported != n.reg->failed) fail("I16: an error was not reported");
         if (violation.empty() && !quiet()) fail("I8: a row that could be run is still there: " + unfinished());
@@ -416,8 +516,8 @@ struct outcome {
     std::uint64_t trace;
     std::string violation;
 };
-outcome simulate(std::uint64_t seed, mutant m, bool verbose = false) {
-    world w(seed, m);
+outcome simulate(std::uint64_t seed, mutant m, bool on_disk = false, bool verbose = false) {
+    world w(seed, m, on_disk);
     w.verbose = verbose;
     w.run();
     return {w.trace, w.violation};
@@ -429,17 +529,27 @@ std::uint64_t number(const char* name, std::uint64_t otherwise) {
 
 }  // namespace
 
-TEST_CASE("simulated runners keep the invariants, and each seed does the same twice") {
+namespace {
+void simulate_all(bool on_disk, std::uint64_t default_seeds) {
     rtb::set_log_handler(nullptr);
-    const std::uint64_t only = number("RTB_SIM_SEED", 0), seeds = number("RTB_SIM_SEEDS", 300);
+    const std::uint64_t only = number("RTB_SIM_SEED", 0), seeds = number("RTB_SIM_SEEDS", default_seeds);
     std::string failed;
     for (std::uint64_t seed = only != 0 ? only : 1; seed <= (only != 0 ? only : seeds); ++seed) {
-        const outcome a = simulate(seed, mutant::none, only != 0);
-        const outcome b = simulate(seed, mutant::none);
+        const outcome a = simulate(seed, mutant::none, on_disk, only != 0);
+        const outcome b = simulate(seed, mutant::none, on_disk);
         if (!a.violation.empty()) failed += " seed=" + std::to_string(seed) + " (" + a.violation + ")";
         if (a.trace != b.trace) failed += " seed=" + std::to_string(seed) + " (two runs differ)";
     }
     CHECK(failed == "");
+}
+}  // namespace
+
+TEST_CASE("simulated runners keep the invariants, and each seed does the same twice") {
+    simulate_all(false, 300);
+}
+
+TEST_CASE("simulated runners over a journal keep them, whatever the disk does, and through crashes of the machine") {
+    simulate_all(true, 150);
 }
 
 TEST_CASE("each kind of invariant notices a store that breaks what it promised") {
@@ -447,11 +557,12 @@ TEST_CASE("each kind of invariant notices a store that breaks what it promised")
     const std::pair<mutant, const char*> mutants[] = {
         {mutant::forgets_fences, "I4"}, {mutant::forgets_starts, "I7"},    {mutant::stale_claims, "I5"},  {mutant::hides_rows, "I8"},
         {mutant::drops_faults, "I16"},  {mutant::one_slot_too_many, "I14"}, {mutant::changes_ends, "I3"},
+        {mutant::never_syncs, "I1"},  // I1: a fence went back; I12: a row is gone
     };
     for (const auto& [m, invariant] : mutants) {
         CAPTURE(std::string(invariant));
         bool noticed = false;
-        for (std::uint64_t seed = 1; seed <= 400 && !noticed; ++seed) noticed = simulate(seed, m).violation.starts_with(invariant);
+        for (std::uint64_t seed = 1; seed <= 400 && !noticed; ++seed) noticed = simulate(seed, m, m == mutant::never_syncs).violation.starts_with(invariant);
         CHECK(noticed);
     }
 }

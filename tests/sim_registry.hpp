@@ -57,6 +57,7 @@ class registry : public rtb::process_registry {
             ++failed;
             co_return rtb::unexpected(fail(p.after, p.code));
         }
+        if (!r && r.error() == process_errc::io) ++failed;  // of its own
         co_return std::move(r);
     }
 
