@@ -1,5 +1,6 @@
 // bench_registry.cpp - processes per second through the registries: register, claim, start and complete, each acknowledged
-// before the next; by one task, and by 32 at a time.
+// before the next; by one task, and by 32 at a time. Then a runner on its own threads: from a poke to the first instruction of
+// the body, and processes per second from registered to ended.
 //
 //     bench_registry [DIRECTORY [SECONDS]]        the directory decides which disk is measured (default: the working directory)
 //
@@ -7,7 +8,10 @@
 // measured in the same run. Read the ratios: the figures are those of the disk.
 #include "concurrency.hpp"
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -66,6 +70,63 @@ void measure(const char* what, rtb::process_registry& r, int tasks, seconds wind
     for (auto& h : all)
         if (!s.block_on(std::move(h))) std::abort();
     line(what, c.rows, rtb::clock::now() - began, journal != nullptr ? static_cast<double>(journal->report().syncs - before) : 0);
+}
+
+rtb::durable_process_worker_config config(std::shared_ptr<rtb::process_registry> r, rtb::process_handler body) {
+    rtb::durable_process_worker_config c;
+    c.registry = std::move(r);
+    c.handler = std::move(body);
+    c.owner = rtb::process_owner("bench");
+    return c;
+}
+void add(rtb::process_registry& r, rtb::scheduler& s, std::uint64_t id) {
+    rtb::process_registration reg;
+    reg.id = std::to_string(id);
+    reg.disposition = rtb::process_disposition::rerunnable;
+    if (!s.block_on(r.register_process(std::move(reg)))->has_value()) std::abort();
+}
+// One row at a time, registered while the runner is idle.
+void poke_to_start(const char* what, std::shared_ptr<rtb::process_registry> r, seconds window) {
+    std::atomic<rtb::clock::rep> began{0};
+    auto handle = std::make_shared<rtb::inline_process_run_handle>(
+        config(r, [&began](rtb::process_context&) { began.store(rtb::clock::now().time_since_epoch().count()); }));
+    auto [poke, runner] = rtb::process_work_runner::spawn(std::move(handle), {.poll_interval = 1h});
+    const rtb::process_work_driver driver(r, poke);
+    rtb::scheduler s;
+    std::vector<double> us;
+    const rtb::time_point until = rtb::clock::now() + std::chrono::duration_cast<rtb::duration>(window);
+    for (std::uint64_t id = 0; rtb::clock::now() < until; ++id) {
+        add(*r, s, id);
+        const rtb::time_point poked = rtb::clock::now();
+        poke.poke();
+        if (!s.block_on(driver.await_terminal(std::to_string(id)))->has_value()) std::abort();
+        us.push_back(std::chrono::duration<double, std::micro>(rtb::duration(began.load()) - poked.time_since_epoch()).count());
+    }
+    std::sort(us.begin(), us.end());
+    const auto at = [&](double part) { return us[static_cast<std::size_t>(part * static_cast<double>(us.size() - 1))]; };
+    std::printf("%-44s %10.1f us median %10.1f us 90%% %10.1f us 99%%   (%u pokes)\n", what, at(0.5), at(0.9), at(0.99), static_cast<unsigned>(us.size()));
+    std::fflush(stdout);
+}
+// A batch that is there when the runner starts, until the last body has ended and its end is stored.
+void end_to_end(const char* what, std::shared_ptr<rtb::process_registry> r, std::uint64_t rows, const rtb::journal_process_registry* journal = nullptr) {
+    rtb::scheduler s;
+    std::vector<rtb::join_handle<rtb::expected<rtb::process_record, rtb::process_error>>> adding;
+    for (std::uint64_t id = 0; id < rows; ++id) {
+        rtb::process_registration reg;
+        reg.id = std::to_string(id);
+        reg.disposition = rtb::process_disposition::rerunnable;
+        adding.push_back(s.spawn(r->register_process(std::move(reg))));
+    }
+    for (auto& h : adding)
+        if (!s.block_on(std::move(h))) std::abort();
+    const std::uint64_t before = journal != nullptr ? journal->report().syncs : 0;
+    const rtb::time_point began = rtb::clock::now();
+    auto handle = std::make_shared<rtb::inline_process_run_handle>(config(r, [](rtb::process_context&) { return std::string("result"); }));
+    auto [poke, runner] = rtb::process_work_runner::spawn(std::move(handle));
+    const rtb::process_work_driver driver(r, poke);
+    for (std::uint64_t id = 0; id < rows; ++id)
+        if (!s.block_on(driver.await_terminal(std::to_string(id)))->has_value()) std::abort();
+    line(what, rows, rtb::clock::now() - began, journal != nullptr ? static_cast<double>(journal->report().syncs - before) : 0);
 }
 
 #if RTB_BENCH_SQLITE
@@ -147,6 +208,15 @@ int main(int argc, char** argv) {
             const auto r = rtb::journal_process_registry::open((dir / ("j" + std::to_string(++files))).string(), o).value();
             measure(("journal, " + std::string(name) + (tasks == 1 ? ", one task" : ", 32 tasks")).c_str(), *r, tasks, window, r.get());
         }
+    const auto memory = [] { return std::make_shared<rtb::memory_process_registry>(); };
+    poke_to_start("runner, memory: from poke to body", memory(), window);
+    end_to_end("runner, memory", memory(), 20000);
+    for (const auto& [name, sync] : policies) {
+        rtb::journal_options o;
+        o.sync = sync;
+        const auto r = rtb::journal_process_registry::open((dir / ("j" + std::to_string(++files))).string(), o).value();
+        end_to_end(("runner, journal, " + std::string(name)).c_str(), r, 2000, r.get());
+    }
 #if RTB_BENCH_SQLITE
     measure_sqlite("sqlite, WAL, synchronous=NORMAL", (dir / "s1").string(), "NORMAL", window);
     measure_sqlite("sqlite, WAL, synchronous=FULL", (dir / "s2").string(), "FULL", window);
