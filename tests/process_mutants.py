@@ -82,7 +82,7 @@ MUTANTS = [
     ("a claim that is repeated by another life", "I2", RUNNER, "task<bool> take(process_attempt& a)",
      "co_await sleep_for(tries * std::chrono::milliseconds(25));",
      "if (BROKEN) a.owner.incarnation += 'x';\n            co_await sleep_for(tries * std::chrono::milliseconds(25));"),
-    ("a claim that is answered too late is used", "I4", SIM, "task<bool> take(process_attempt& a)",
+    ("a claim that is answered too late is used", "I4", RUNNER, "task<bool> take(process_attempt& a)",
      "if (now() < trusted_until(a)) co_return true;", "if (BROKEN || now() < trusted_until(a)) co_return true;"),
     ("a walk that stops after its first page", "I8", RUNNER, "task<result<void>> walk(bool thorough)",
      "if (rows->size() >= c.page_size) continue;", "if (!BROKEN && rows->size() >= c.page_size) continue;"),
