@@ -91,7 +91,7 @@ void run(const std::string& journal, const std::string& effects, const point* ki
         return std::string("done");
     };
     auto made = rtb::process_work_runner::spawn(std::make_shared<rtb::inline_process_run_handle>(std::move(c)), {.poll_interval = 20ms});
-    const rtb::process_work_driver driver(reg, made.first);
+    const rtb::process_work_driver driver(*opened, made.first);  // not through `reg`: it counts, and belongs to the runner
     static_cast<void>(now(driver.await_terminal("p")));
     made.second.cancel();
     static_cast<void>(made.second.wait());
