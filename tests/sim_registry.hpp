@@ -5,6 +5,7 @@
 
 #include "concurrency.hpp"
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -64,7 +65,7 @@ class registry : public rtb::process_registry {
 public:
     std::function<plan(const std::string& op, const std::string& id)> on_call;
     std::function<void(const std::string& op, const std::string& id)> on_effect;
-    std::size_t calls = 0, failed = 0;
+    std::atomic<std::size_t> calls{0}, failed{0};
 
     explicit registry(std::shared_ptr<rtb::process_registry> inner) : inner_(std::move(inner)) {}
 
