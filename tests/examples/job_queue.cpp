@@ -108,12 +108,8 @@ std::vector<rtb::process_record> waiting_jobs(const registry& jobs) {
 }
 int run(const registry& jobs) {
     const std::vector<rtb::process_record> waiting = waiting_jobs(jobs);
-    // Nobody else has the journal open: whoever started one of these is gone, and only somebody who knows that may say so.
-    for (const rtb::process_record& r : waiting)
-        if (r.disposition == rtb::process_disposition::owner_bound && r.first_started)
-            if (const auto asked = now(jobs->request_abandon(r.id, "job_queue", "the program was gone before it ended")); !asked)
-                return complain("request_abandon", asked.error());
     die_at::arm();
+    // [snippet job_queue]
     rtb::durable_process_worker_config config;
     config.registry = jobs;
     config.handler = work;
@@ -122,13 +118,16 @@ int run(const registry& jobs) {
     config.on_fault = [](const rtb::process_fault& f) { std::printf("  %s: %s: %s\n", f.id.c_str(), f.operation.c_str(), f.error.what()); };
     auto handle_of = std::make_shared<rtb::inline_process_run_handle>(std::move(config));
     auto [poke, runner] = rtb::process_work_runner::spawn(std::move(handle_of), {.poll_interval = 50ms});
-    const rtb::process_work_driver driver(jobs, poke);
+    const rtb::process_work_driver driver(jobs, poke);  // what starts jobs elsewhere in the program: registers a row, and pokes
+    std::size_t done = 0;
     for (const rtb::process_record& row : waiting) {
         const auto r = now(driver.await_terminal(row.id));
+        std::printf("[%u of %u]", static_cast<unsigned>(++done), static_cast<unsigned>(waiting.size()));
         if (r) show(*r);
     }
-    runner.cancel();
+    runner.cancel();  // bodies that still run are asked to end, then given back to the registry
     const auto report = runner.wait();
+    // [/snippet]
     return report && !report->stuck ? 0 : 1;
 }
 int status(const registry& jobs, std::vector<std::string> ids) {
