@@ -6513,7 +6513,6 @@ struct failure_record {
 template <class T> struct sink_state : queue_service<T, close_report> {
     using base = queue_service<T, close_report>;
     const background_sink_config config;
-    const bool always_barrier;  // the drain has flush_durable
     // -- m --
     list<flush_node> flushes;   // called and not handed over, in the order of the calls
     std::size_t flushes_waiting = 0;
@@ -6532,9 +6531,9 @@ template <class T> struct sink_state : queue_service<T, close_report> {
         failure_record one;
     };
 
-    sink_state(sched_core* c, bool own, background_sink_config cfg, bool gaps_wanted, bool has_barrier)
+    sink_state(sched_core* c, bool own, background_sink_config cfg, bool gaps_wanted)
         : base(c, own, cfg.close_timeout, cfg.queue_capacity, cfg.byte_capacity, cfg.byte_capacity != 0 || cfg.batch_bytes != 0, gaps_wanted),
-          config(std::move(cfg)), always_barrier(has_barrier) {
+          config(std::move(cfg)) {
         spare.emplace_back();
     }
     std::uint64_t pending_locked() const noexcept { return this->count + in_flight; }
@@ -6768,7 +6767,7 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
     std::uint64_t written_since = 0;    // ... and how many messages were written since that
 
     sink_service(sched_core* c, bool own, background_sink_config cfg, Drain&& d)
-        : sink_state<T>(c, own, std::move(cfg), has_gap, has_barrier), drain(std::move(d)) {
+        : sink_state<T>(c, own, std::move(cfg), has_gap), drain(std::move(d)) {
         batch.reserve((std::min)(this->config.batch_size, this->capacity));
     }
     void destroy_user() noexcept override {
