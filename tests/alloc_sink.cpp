@@ -13,6 +13,7 @@ int main() { return 77; }  // skipped
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include "failing_allocator.hpp"

@@ -1,6 +1,7 @@
 // Actors and periodic workers in a forked child: every call says that it is closed, nothing waits, no hook runs. And ones with static
 // storage: they tick until the process exits, and end in order.
 // SPDX-License-Identifier: MIT
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include <cstdio>

@@ -1,6 +1,7 @@
 // background_sink at the edges of a process: static duration, exit() from main, from the drain and from another thread, fork,
 // a thread that the system refuses, SIGKILL after a flush, a full device.
 // SPDX-License-Identifier: MIT
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include <cstdio>

@@ -1,5 +1,6 @@
 // actor_handle in virtual time: order, asking, full mailboxes, the ways of ending, hooks, restarts.
 // SPDX-License-Identifier: MIT
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include <doctest/doctest.h>

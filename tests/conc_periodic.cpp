@@ -1,5 +1,6 @@
 // periodic_worker in virtual time: when ticks begin, what a failing, late or hung one does, and how a worker ends.
 // SPDX-License-Identifier: MIT
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include <doctest/doctest.h>

@@ -1,6 +1,7 @@
 // periodic_worker and actor_handle on threads of their own: stops that race, blocking asks, steps that hang, handles that go
 // inside their own callbacks. Meant for the thread sanitizer.
 // SPDX-License-Identifier: MIT
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include <doctest/doctest.h>

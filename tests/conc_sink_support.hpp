@@ -1,6 +1,7 @@
 // What the tests of background_sink share: a world under virtual time, and a drain that follows a script.
 // SPDX-License-Identifier: MIT
 #pragma once
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include <cstddef>

@@ -1,5 +1,6 @@
 // Periodic workers and actors without exceptions and RTTI: what goes wrong is a value.
 // SPDX-License-Identifier: MIT
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include "check.hpp"

@@ -1,5 +1,6 @@
 // background_sink without exceptions and RTTI: drains that return errors, refused configurations, a thread of its own.
 // SPDX-License-Identifier: MIT
+#define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
 #include "check.hpp"
