@@ -10952,9 +10952,16 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
                 a.body.cancel();
             }
             if (!lost && !renewing && t >= renew_at) {
-                renewing = true;
                 asked = t;
-                renew.h = spawn_on(control, renewal(shared), spawn_options{"renew"}, __builtin_FILE(), __builtin_LINE());
+                RTB_DETAIL_TRY {
+                    renew.h = spawn_on(control, renewal(shared), spawn_options{"renew"}, __builtin_FILE(), __builtin_LINE());
+                    renewing = true;
+                }
+                RTB_DETAIL_CATCH_ALL {
+                    if (!std::current_exception()) RTB_DETAIL_RETHROW;
+                    report("renew", a.id, process_error(process_errc::io));
+                    renew_at = deadline_after(t, backoff_after(retry_policy{1, c.renew_every / 8, c.renew_every / 2}, ++failures));
+                }
             }
             time_point until = destroyed ? never : destroy_at;
             if (!lost) until = (std::min)(until, trusted_until(a));
