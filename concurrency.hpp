@@ -10554,7 +10554,6 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     std::string cursor;
     time_point next_thorough = (time_point::min)();
     join_handle<> resumer, maintenance;
-    bool has_resumer = false;
     std::optional<process_work_report> ended;
 
     explicit process_engine(durable_process_worker_config config)
@@ -10630,7 +10629,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             if (control != here) return process_error(process_errc::invalid, "a worker is driven on one scheduler only");
             if (is_stopping()) return process_error(process_errc::closed);
         }
-        if (!std::exchange(has_resumer, true))
+        if (resumer.done())  // none yet, or it ended for want of memory
             resumer = spawn_on(control, resume_walks(shared_from_this()), spawn_options{"process walk"}, __builtin_FILE(), __builtin_LINE());
         return std::nullopt;
     }
