@@ -11130,13 +11130,13 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     static task<result<process_record>> await_other(process_attempt* a, std::string id) {
         process_engine& e = *a->engine;
         if (id == a->id) co_return rtb::unexpected(process_error(process_errc::would_deadlock, "a process waits for its own end"));
-        a->slot.release();
-        e.rewalk.store(true, std::memory_order_release);
-        e.freed.notify_one();
         const auto call = [&] { return await_process(e.c.registry, e.completions, id, e.c.on_fault); };
         result<process_record> r = rtb::unexpected(process_error(process_errc::cancelled));
         {
-            auto waiting = contained<process_record>(call);
+            auto waiting = contained<process_record>(call);  // before the slot goes: it may throw
+            a->slot.release();
+            e.rewalk.store(true, std::memory_order_release);
+            e.freed.notify_one();
             auto first = co_await when_any(std::move(waiting), a->token.cancelled());
             if (first.index() == 0) r = std::move(first).template get<0>();
         }
