@@ -11416,21 +11416,33 @@ struct process_runner : immovable {
         expected<void, process_error> r = co_await driving;
         co_return std::move(r);
     }
-    void drove(const expected<expected<void, process_error>, join_error>& r) noexcept {
-        const bool failed = r && !*r;
+    void drove(const process_error* failure) noexcept {
         {
             port::unique_lock l(m);
             ++report.drives;
-            if (failed) ++report.failed_drives;
+            if (failure != nullptr) ++report.failed_drives;
         }
-        if (!failed || r->error() == process_errc::closed) return;
-        RTB_DETAIL_TRY { log(log_level::warning, "driving " + name + " failed: " + r->error().what()); }
+        if (failure == nullptr || *failure == process_errc::closed) return;
+        RTB_DETAIL_TRY { log(log_level::warning, "driving " + name + " failed: " + failure->what()); }
         RTB_DETAIL_CATCH_ALL { log(log_level::warning, "a drive of processes failed"); }
     }
     static duration random_below(duration limit, std::uint64_t n, time_point seed) noexcept {
         if (limit <= duration::zero()) return duration::zero();
         const std::uint64_t r = mix_bits(n ^ mix_bits(static_cast<std::uint64_t>(seed.time_since_epoch().count())));
         return duration(static_cast<clock::rep>(r % static_cast<std::uint64_t>(limit.count())));
+    }
+    static bool no_memory(const process_error& e) {
+#if RTB_DETAIL_EXCEPTIONS
+        try {
+            if (e.cause()) std::rethrow_exception(e.cause());
+        } catch (const std::bad_alloc&) {
+            return true;
+        } catch (...) {
+            if (!std::current_exception()) throw;
+        }
+#endif
+        static_cast<void>(e);
+        return false;
     }
     static time_point core_now() noexcept { return current_core()->now(); }
     static sched_core* here() noexcept { return current_core(); }
@@ -11443,10 +11455,23 @@ struct process_runner : immovable {
         std::uint64_t polls = 0;
         cancelling_handle<expected<void, process_error>> driving;
         while (!s->stop.is_cancelled()) {
-            driving.h = spawn_on(core, drive(run), spawn_options{"process drive"}, __builtin_FILE(), __builtin_LINE());
-            auto first = co_await when_any(driving.h, s->stop.cancelled());
-            if (first.index() == 1) break;
-            s->drove(std::move(first).template get<0>());
+            bool begun = false;
+            RTB_DETAIL_TRY {
+                driving.h = spawn_on(core, drive(run), spawn_options{"process drive"}, __builtin_FILE(), __builtin_LINE());
+                begun = true;
+            }
+            RTB_DETAIL_CATCH_ALL {
+                if (!std::current_exception()) RTB_DETAIL_RETHROW;
+            }
+            if (begun) {
+                auto first = co_await when_any(driving.h, s->stop.cancelled());
+                if (first.index() == 1) break;
+                const expected<expected<void, process_error>, join_error> r = std::move(first).template get<0>();
+                s->drove(r && !*r ? &r->error() : nullptr);
+            } else {
+                const process_error none(process_errc::io);
+                s->drove(&none);
+            }
             const time_point at = deadline_after(due, random_below(s->o.jitter, ++polls, start));
             auto why = co_await when_any(s->stop.cancelled(), s->wanted.wait(), sleep_until(at));
             if (why.index() != 2) continue;
@@ -11460,8 +11485,20 @@ struct process_runner : immovable {
         }
         const time_point deadline = deadline_after(core_now(), s->close_timeout);
         const auto call = [&] { return stop_work(run); };
-        auto stopping = contained<process_work_report>(call);
-        expected<process_work_report, process_error> r = co_await stopping;
+        expected<process_work_report, process_error> r = rtb::unexpected(process_error());
+        for (;;) {  // want of memory is no reason to let bodies go on
+            bool again = true;
+            RTB_DETAIL_TRY {
+                auto stopping = contained<process_work_report>(call);
+                r = co_await stopping;
+                again = !r && no_memory(r.error());
+            }
+            RTB_DETAIL_CATCH_ALL {
+                if (!std::current_exception()) RTB_DETAIL_RETHROW;
+            }
+            if (!again || core_now() >= deadline) break;
+            co_await sleep_for(std::chrono::milliseconds(25));
+        }
         if (!driving.h.done()) {
             const auto first = co_await when_any(driving.h, sleep_until(deadline));
             if (first.index() == 1) driving.h.cancel();
