@@ -93,7 +93,7 @@ MUTANTS = [
     ("a poke after the stop says yes", "I9", RUNNER, "bool poke() noexcept {\n        port::unique_lock l(m);",
      "if (stopped || stop.is_cancelled()) return false;", "if (!BROKEN && (stopped || stop.is_cancelled())) return false;"),
     ("a poke during a drive is forgotten", "I9", RUNNER, "static task<> loop(end_guard s",
-     "s->drove(std::move(first).template get<0>());", "s->drove(std::move(first).template get<0>());\n            if (BROKEN) {\n"
+     "s->drove(r && !*r ? &r->error() : nullptr);", "s->drove(r && !*r ? &r->error() : nullptr);\n            if (BROKEN) {\n"
      "                const auto eaten = co_await when_any(s->wanted.wait(), sleep_for(duration::zero()));\n"
      "                static_cast<void>(eaten);\n            }"),
     ("a row that is active is launched again", "I10", RUNNER, "task<result<void>> walk(bool thorough)",
