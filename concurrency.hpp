@@ -11183,6 +11183,10 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
                 const auto first = co_await when_any(*helpers[i], sleep_until(self->close_at));
                 if (first.index() == 1) helpers[i]->cancel();
             }
+            if (!self->all_over()) {  // after a pause of the whole program they may not have had their turn: one more for all of them
+                self->each_active([](process_attempt& a) { a.body.cancel(); });
+                static_cast<void>(co_await when_any(self->idle.wait(), sleep_for(std::chrono::milliseconds(100))));
+            }
             self->each_active([&](process_attempt& a) {
                 if (a.started && !a.body.done()) report.stuck = true;
                 report.left.push_back(a.id);

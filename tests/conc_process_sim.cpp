@@ -137,6 +137,7 @@ struct world {
         std::size_t reported = 0;  // errors of the store
         std::int64_t paused_until = 0, down_until = 0;
         bool stopping = false;
+        bool stepped = false;  // its clock or the store's has stepped in this life
     };
     const mutant broken;
     dice r;
@@ -299,7 +300,7 @@ struct world {
         o.shuffle_seed = r.next() | 1;
         n.s = std::make_unique<rtb::scheduler>(o);
         n.quarters = r.one_in(4) ? static_cast<int>(2 + r.below(7)) : 4;
-        n.stopping = false;
+        n.stopping = n.stepped = false;
         ++n.life;
         n.reg = std::make_shared<broken_store>(store, broken);
         n.reg->on_call = [this](const std::string& op, const std::string&) { return plan_for(op); };
@@ -349,7 +350,7 @@ struct world {
         node& n = nodes[i];
         while (n.s->poll() != 0) check();
         // The answer of a renewal that the end of its body overtook is looked at after the end was stored.
-        const bool settled = n.stopping && n.runner->second.done();
+        const bool settled = n.stopping && n.runner->second.done() && n.runner->second.wait()->left.empty();  // else a call may be cut off
         if (settled ? n.reported != n.reg->failed : n.reported > n.reg->failed)
             fail("I16: " + std::to_string(n.reg->failed) + " errors of the store, " + std::to_string(n.reported) + " reported");
         if (!n.stopping || !n.runner->second.done()) return;
@@ -358,7 +359,7 @@ struct world {
         if (report->stuck) fail("I11: stuck");
         note("stopped " + std::to_string(i) + " left " + std::to_string(report->left.size()));
         // Without faults and with a right clock nothing of this life is still held.
-        for (std::size_t k = 0; k < ids && n.reg->failed == 0 && n.quarters == 4 && n.paused_until == 0 && report->left.empty(); ++k) {
+        for (std::size_t k = 0; k < ids && n.reg->failed == 0 && n.quarters == 4 && !n.stepped && n.paused_until == 0 && report->left.empty(); ++k) {
             const auto lease = ask(store->get_lease("p" + std::to_string(k)));
             const std::string life = "life" + std::to_string(n.life) + ".";
             if (!lease || !*lease || clock->now() >= (**lease).expires) continue;
@@ -427,10 +428,13 @@ struct world {
             const auto step = std::chrono::milliseconds(r.below(60000));
             if (!sites[8] || r.one_in(4) || n.clock == nullptr)
                 return;
-            else if (r.one_in(2))
+            if (r.one_in(2)) {
                 n.clock->advance(step);  // forward for the node: back for the store
-            else
+                n.stepped = true;
+            } else {
                 clock->advance(step);
+                for (node& each : nodes) each.stepped = true;
+            }
             note("clock step");
         } else if (what < 90) {
             const std::size_t i = r.below(nodes.size());
