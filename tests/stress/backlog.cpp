@@ -28,9 +28,10 @@
 
 namespace {
 long long g_bytes = 0, g_blocks = 0;  // live; one thread
-constexpr std::size_t k_header = alignof(std::max_align_t);
+[[maybe_unused]] constexpr std::size_t k_header = alignof(std::max_align_t);
 }  // namespace
 
+#if !SANITIZED  // the sanitizers bring their own, and look for leaks themselves
 void* operator new(std::size_t n) {
     void* p = std::malloc(n + k_header);
     if (p == nullptr) throw std::bad_alloc();
@@ -47,6 +48,7 @@ void operator delete(void* p) noexcept {
 void operator delete(void* p, std::size_t) noexcept {
     operator delete(p);
 }
+#endif
 
 namespace {
 using namespace std::chrono_literals;
