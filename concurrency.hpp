@@ -6901,7 +6901,8 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                     auto call = [s, gap = p.gap] { return s->drain->on_gap(gap); };
                     callback_end<drain_error> end;
                     std::optional<task<callback_end<drain_error>>> calling = begin_callback<drain_error>(s, end, call);
-                    if (calling) end = co_await *calling;
+                    if (calling)
+                        end = co_await *calling;
                     if (end.error) s->complain(*end.error);
                     if (end.cut) co_return;
                 }
@@ -6937,7 +6938,8 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                             auto give_up = [s, error = &*end.error] { return s->drain->dead_letter(std::span<T>(s->batch), *error); };
                             callback_end<drain_error> buried;
                             std::optional<task<callback_end<drain_error>>> giving = begin_callback<drain_error>(s, buried, give_up);
-                            if (giving) buried = co_await *giving;
+                            if (giving)
+                                buried = co_await *giving;
                             if (buried.error) s->complain(*buried.error);
                         }
                     }
@@ -6952,7 +6954,8 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                 if constexpr (has_barrier) {
                     auto call = [s] { return s->drain->flush_durable(); };
                     std::optional<task<callback_end<drain_error>>> calling = begin_callback<drain_error>(s, end, call);
-                    if (calling) end = co_await *calling;
+                    if (calling)
+                        end = co_await *calling;
                 }
                 if (end.error) s->complain(*end.error);
                 if (end.cut) end.error.emplace(drain_errc::cut_short);
@@ -6964,7 +6967,8 @@ template <class T, class Drain> struct sink_service final : sink_state<T> {
                         auto call = [s] { return s->drain->close(); };
                         callback_end<drain_error> closed;
                         std::optional<task<callback_end<drain_error>>> calling = begin_callback<drain_error>(s, closed, call);
-                        if (calling) closed = co_await *calling;
+                        if (calling)
+                            closed = co_await *calling;
                         if (closed.error) s->complain(*closed.error);
                         if (closed.cut) closed.error.emplace(drain_errc::cut_short);
                         if (closed.error && !s->report.close_error) s->report.close_error = std::move(closed.error);
@@ -7370,7 +7374,8 @@ template <class Task> struct periodic_service final : periodic_state {
                     auto tell = [s, &end] { return s->task_object->on_error(*end.error); };
                     callback_end<tick_error> told;
                     std::optional<task<callback_end<tick_error>>> telling = begin_callback<tick_error>(s, told, tell);
-                    if (telling) told = co_await *telling;
+                    if (telling)
+                        told = co_await *telling;
                     if (told.error) log_about(log_level::error, "periodic_worker", s->options.name, told.error->what());
                 }
                 ++failed_in_a_row;
@@ -7388,7 +7393,8 @@ template <class Task> struct periodic_service final : periodic_state {
             auto call = [s] { return s->task_object->shutdown(); };
             callback_end<tick_error> end;
             std::optional<task<callback_end<tick_error>>> ending_it = begin_callback<tick_error>(s, end, call);
-            if (ending_it) end = co_await *ending_it;
+            if (ending_it)
+                end = co_await *ending_it;
             if (end.cut) end.error.emplace(tick_errc::timed_out);
             if (end.error) {
                 log_about(log_level::error, "periodic_worker", s->options.name, end.error->what());
@@ -7765,7 +7771,8 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     auto call = [s] { return s->actor->on_start(); };
                     callback_end<handler_error> end;
                     std::optional<task<callback_end<handler_error>>> starting = begin_callback<handler_error>(s, end, call);
-                    if (starting) end = co_await *starting;
+                    if (starting)
+                        end = co_await *starting;
                     failure = cut_is_failure(end);
                 }
             }
@@ -7801,7 +7808,8 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                 } else if constexpr (has_on_idle) {
                     auto call = [s] { return s->actor->on_idle(); };
                     std::optional<task<callback_end<handler_error>>> idling = begin_callback<handler_error>(s, end, call);
-                    if (idling) end = co_await *idling;
+                    if (idling)
+                        end = co_await *idling;
                     if (!end) s->count_call(false, true);
                 }
                 if constexpr (has_on_idle) idle_at = deadline_after(s->core->now(), s->config.idle_interval);
@@ -7811,7 +7819,8 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                         auto call = [s, &end] { return s->actor->on_error(end.error->as_exception()); };
                         callback_end<handler_error> told;
                         std::optional<task<callback_end<handler_error>>> telling = begin_callback<handler_error>(s, told, call);
-                        if (telling) told = co_await *telling;
+                        if (telling)
+                            told = co_await *telling;
                         if (told.error) {
                             s->count_call(false, true);
                             s->complain(*told.error);
@@ -7851,7 +7860,8 @@ template <class C, class Source> struct actor_service final : actor_state<C> {
                     auto call = [s] { return s->actor->on_shutdown(); };
                     callback_end<handler_error> end;
                     std::optional<task<callback_end<handler_error>>> ending_it = begin_callback<handler_error>(s, end, call);
-                    if (ending_it) end = co_await *ending_it;
+                    if (ending_it)
+                        end = co_await *ending_it;
                     if (const std::optional<handler_error> failed = cut_is_failure(end)) {
                         s->count_call(false, true);
                         s->complain(*failed);
@@ -11074,7 +11084,8 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
                 a = self->find(id);
             }
         }
-        if (a != nullptr) co_await a->over.cancelled();
+        if (a != nullptr)
+            co_await a->over.cancelled();
         const auto call = [&] { return self->c.registry->try_get(id); };
         auto reading = contained<std::optional<process_record>>(call);
         result<std::optional<process_record>> r = co_await reading;
@@ -11141,7 +11152,8 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             if (first.index() == 0) r = std::move(first).template get<0>();
         }
         const semaphore_permit one_at_a_time = co_await a->reacquire.acquire();
-        if (a->slot.count() == 0) a->slot = co_await e.slots.acquire();
+        if (a->slot.count() == 0)
+            a->slot = co_await e.slots.acquire();
         co_return std::move(r);
     }
 

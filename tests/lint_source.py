@@ -15,6 +15,8 @@ Everywhere (g++ 12.2 and others miscompile these; see RULES PEOPLE BREAK in the 
 In the two headers:
   port        a threading facility of std:: or the clock outside // >>port-begin ... // >>port-end
   include     a header that the library promises not to include
+A plain run in a git checkout also looks at what git tracks:
+  layout      a visible top-level entry that was not agreed on, or what an editor or a patch left behind
 
 '// lint-ok: reason' on a line of the statement, or on the line above it, exempts the statement.
 '// lint-ok-file: reason' exempts a file from the co_await rules.
@@ -23,10 +25,13 @@ In the two headers:
 import bisect
 import pathlib
 import re
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEADERS = ("runtime_bridge.hpp", "concurrency.hpp")
+TOP_LEVEL = {"runtime_bridge.hpp", "concurrency.hpp", "tests", "meson.build", "CMakeLists.txt", "README.md", "LICENSE"}
+LEFT_BEHIND = (".orig", ".rej", ".bak", ".swp", "~")
 FORBIDDEN_INCLUDES = ("future", "stop_token", "semaphore", "format", "iostream", "regex", "ranges", "functional")
 PORT_NAMES = re.compile(r"\bstd\s*::\s*(?:(?:recursive_|timed_|recursive_timed_|shared_|shared_timed_)?mutex|j?thread|"
                         r"condition_variable\w*|atomic\w*|this_thread)\b|\bsteady_clock\s*::\s*now\b")
@@ -401,6 +406,29 @@ def check_path(path):
     return check_marks(text)
 
 
+def check_layout(tracked):
+    """Check the names of the files that git tracks: pairs of a name and a message."""
+    found = []
+    for name in tracked:
+        top = name.split("/", 1)[0]
+        if top not in TOP_LEVEL and not top.startswith("."):
+            found.append((name, f"the top level holds only {', '.join(sorted(TOP_LEVEL))}"))
+        elif name.endswith(LEFT_BEHIND):
+            found.append((name, "left behind by an editor or a patch"))
+    return found
+
+
+def tracked_files():
+    """What git tracks; nothing outside of a checkout of this repository."""
+    if not (ROOT / ".git").exists():
+        return []
+    try:
+        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return []
+    return [name for name in listing.stdout.split("\0") if name]
+
+
 def default_files():
     """What a plain run looks at."""
     files = [ROOT / name for name in (*HEADERS, "README.md", "CMakeLists.txt", "meson.build", ".ci/run")]
@@ -531,11 +559,15 @@ def self_test():
     if [(line, rule) for line, rule, _ in found] != [(7, "condition")]:
         wrong += 1
         print(f"lint_source: self-test: README blocks: {found}")
+    names = ["README.md", "tests/a.cpp", ".ci/run", "concurrency.hpp.orig", "notes.txt", "src/a.cpp", "tests/a.cpp.rej", "tests/b.cpp~"]
+    if [name for name, _ in check_layout(names)] != names[3:]:
+        wrong += 1
+        print(f"lint_source: self-test: layout: {check_layout(names)}")
     missed = {"condition", "logic", "lambda", "braces", "binding", "unfinished", "port", "include"} - {c[0] for c in cases}
     if missed:
         wrong += 1
         print(f"lint_source: self-test: no case for {sorted(missed)}")
-    print(f"lint_source: self-test " + (f"failed, {wrong} wrong" if wrong else f"ok, {len(cases) + 1} cases"))
+    print(f"lint_source: self-test " + (f"failed, {wrong} wrong" if wrong else f"ok, {len(cases) + 2} cases"))
     return 1 if wrong else 0
 
 
@@ -548,6 +580,9 @@ def main(arguments):
         return 2
     files = [pathlib.Path(argument).resolve() for argument in arguments] or default_files()
     count = 0
+    for name, message in check_layout([] if arguments else tracked_files()):
+        print(f"{name}:1: layout: {message}")
+        count += 1
     for path in files:
         for line, rule, message in check_path(path):
             shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
