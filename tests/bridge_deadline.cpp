@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: MIT
 #include "runtime_bridge.hpp"
 
+#include "gate.hpp"
+
 #include <atomic>
 #include <doctest/doctest.h>
 #include <future>
@@ -24,24 +26,6 @@ using rtb::task;
 task<int> answer() {
     co_return 42;
 }
-
-/// Opened once, waited for by threads.
-class gate {
-    std::mutex m_;
-    std::condition_variable cv_;
-    bool open_ = false;
-
-  public:
-    void open() {
-        std::scoped_lock l(m_);
-        open_ = true;
-        cv_.notify_all();
-    }
-    void wait() {
-        std::unique_lock l(m_);
-        cv_.wait(l, [this] { return open_; });
-    }
-};
 
 /// Tells which thread destroyed it, once.
 class witness {

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: MIT
 #include "runtime_bridge.hpp"
 
+#include "gate.hpp"
+
 #include <atomic>
 #include <doctest/doctest.h>
 #include <future>
@@ -22,22 +24,6 @@ task<int> one() {
     co_return 1;
 }
 
-class gate {
-    std::mutex m_;
-    std::condition_variable cv_;
-    bool open_ = false;
-
-  public:
-    void open() {
-        std::scoped_lock l(m_);
-        open_ = true;
-        cv_.notify_all();
-    }
-    void wait() {
-        std::unique_lock l(m_);
-        cv_.wait(l, [this] { return open_; });
-    }
-};
 struct on_exit {
     std::promise<std::thread::id>* p;
     explicit on_exit(std::promise<std::thread::id>* q) : p(q) {}

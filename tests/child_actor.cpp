@@ -21,46 +21,13 @@ int main() {
 #    include <unistd.h>
 #    include <utility>
 
-#    if defined(__SANITIZE_THREAD__)
-#        define THREAD_SANITIZER 1
-#    elif defined(__has_feature)
-#        if __has_feature(thread_sanitizer)
-#            define THREAD_SANITIZER 1
-#        endif
-#    endif
-#    ifndef THREAD_SANITIZER
-#        define THREAD_SANITIZER 0
-#    endif
+#    include "child_support.hpp"
 
 namespace {
 using namespace std::chrono_literals;
 using rtb::actor_errc;
 using rtb::join_errc;
 using rtb::task;
-
-constinit std::atomic<int> failures{0};
-void check(bool ok, const char* what) {
-    if (ok) return;
-    ++failures;
-    std::fprintf(stderr, "FAILED in process %d: %s\n", static_cast<int>(getpid()), what);
-}
-/// Runs f in a child that is killed if it hangs; its exit code must be 0.
-template <class F> void in_child(const char* what, F f) {
-    std::fflush(nullptr);
-    const pid_t pid = fork();
-    if (pid == 0) {
-        alarm(30);
-        failures = 0;
-        f();
-        std::fflush(nullptr);
-        _exit(failures == 0 ? 0 : 1);
-    }
-    check(pid > 0, "fork");
-    int status = 0;
-    while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {}
-    if (WIFSIGNALED(status)) std::fprintf(stderr, "%s: signal %d\n", what, WTERMSIG(status));
-    check(WIFEXITED(status) && WEXITSTATUS(status) == 0, what);
-}
 
 struct cmd {
     int n = 0;

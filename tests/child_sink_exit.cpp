@@ -29,18 +29,13 @@ int main() {
 #include <unistd.h>
 #include <vector>
 
+#include "child_support.hpp"
+
 namespace {
 using namespace std::chrono_literals;
 using rtb::background_sink;
 using rtb::background_sink_config;
 using rtb::sink_errc;
-
-int failures = 0;
-void check(bool ok, const char* what) {
-    if (ok) return;
-    ++failures;
-    std::fprintf(stderr, "FAILED in process %d: %s\n", static_cast<int>(getpid()), what);
-}
 
 /// Records of one byte in a file that parent and child share.
 struct file {
@@ -85,25 +80,6 @@ background_sink_config lazy() {  // nothing is written before a flush or the end
     return c;
 }
 
-/// Runs f in a child that is killed if it hangs, and returns its status.
-template <class F> int in_child(F f) {
-    std::fflush(nullptr);
-    const pid_t pid = fork();
-    if (pid == 0) {
-        alarm(30);
-        failures = 0;
-        f();
-        std::fflush(nullptr);
-        _exit(failures == 0 ? 0 : 1);
-    }
-    check(pid > 0, "fork");
-    int status = 0;
-    while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {
-    }
-    return status;
-}
-bool ended_with(int status, int code) { return WIFEXITED(status) && WEXITSTATUS(status) == code; }
-
 background_sink<char>::started& static_sink(int fd) {
     static background_sink<char>::started made = background_sink<char>::spawn(file_drain{fd}, lazy());
     return made;
@@ -112,7 +88,7 @@ background_sink<char>::started& static_sink(int fd) {
 void exits() {
     {
         const file f;
-        check(ended_with(in_child([&] {
+        check(ended_with(status_of_child([&] {
                              auto& made = static_sink(f.fd);
                              for (int i = 0; i < 100; ++i) check(made.first.try_push('x').has_value(), "a push into a static sink");
                              std::exit(failures == 0 ? 7 : 1);
@@ -123,7 +99,7 @@ void exits() {
     }
     {
         const file f;
-        check(ended_with(in_child([&] {
+        check(ended_with(status_of_child([&] {
                              auto made = background_sink<char>::spawn(file_drain{f.fd}, lazy());
                              check(made.first.try_push('x').has_value(), "push");
                              std::exit(7);  // a local sink is not destroyed: it dies with the process
@@ -134,7 +110,7 @@ void exits() {
     }
     {
         const file f;
-        check(ended_with(in_child([&] {
+        check(ended_with(status_of_child([&] {
                              static background_sink<char>::started* made = nullptr;
                              auto local = background_sink<char>::spawn(file_drain{f.fd}, lazy());
                              made = &local;
@@ -152,7 +128,7 @@ void exits() {
         struct exiting {
             void write_batch(std::span<char>) { std::exit(7); }
         };
-        check(ended_with(in_child([] {
+        check(ended_with(status_of_child([] {
                              static auto made = background_sink<char>::spawn(exiting{});
                              if (made.first.try_push('x')) static_cast<void>(made.first.flush_blocking());
                              for (;;) pause();
@@ -162,7 +138,7 @@ void exits() {
     }
     {
         const file f;
-        check(ended_with(in_child([&] {
+        check(ended_with(status_of_child([&] {
                              auto& made = static_sink(f.fd);
                              check(made.first.try_push('x').has_value(), "push");
                              std::thread([] { std::exit(7); }).detach();
@@ -210,7 +186,7 @@ void forks() {
             auto moved = std::move(m.first);
             auto handle = std::move(m.second);
         };
-        const int status = in_child([&] {
+        const int status = status_of_child([&] {
             child(made);
             child(shared);
             token.cancel();
@@ -241,7 +217,7 @@ void fork_while_busy() {  // the parent's threads hold the locks at the moment o
         }
     });
     for (int i = 0; i < 30; ++i) {
-        const int status = in_child([&] {
+        const int status = status_of_child([&] {
             check(!made.first.try_push('c'), "try_push in a child");
             static_cast<void>(made.first.flush_blocking());
             auto handle = std::move(made.second);
@@ -303,7 +279,7 @@ void full_device() {
     ::close(fd);
     // A limit that is lifted: space returns.
     const file f;
-    check(ended_with(in_child([&] {
+    check(ended_with(status_of_child([&] {
                          const int full = open("/dev/full", O_WRONLY);
                          const int real = dup(f.fd);
                          const int target = dup(full);
@@ -325,7 +301,7 @@ void full_device() {
 
 void refused_thread() {
 #if defined(__GLIBC__) && defined(__LP64__)
-    check(ended_with(in_child([] {
+    check(ended_with(status_of_child([] {
                          pthread_attr_t normal, impossible;
                          pthread_getattr_default_np(&normal);
                          pthread_getattr_default_np(&impossible);

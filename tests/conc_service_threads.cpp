@@ -4,6 +4,8 @@
 #define RTB_NO_PROCESSES  // not needed here
 #include "concurrency.hpp"
 
+#include "gate.hpp"
+
 #include <doctest/doctest.h>
 
 #include <atomic>
@@ -27,23 +29,6 @@ using rtb::periodic_options;
 using rtb::periodic_worker;
 using rtb::task;
 
-/// Opened once.
-class gate {
-    std::mutex m_;
-    std::condition_variable cv_;
-    bool open_ = false;
-
-public:
-    void open() {
-        std::scoped_lock l(m_);
-        open_ = true;
-        cv_.notify_all();
-    }
-    void wait() {
-        std::unique_lock l(m_);
-        cv_.wait(l, [this] { return open_; });
-    }
-};
 struct silent {
     silent() { rtb::set_log_handler([](rtb::log_level, std::string_view) {}); }
     silent(const silent&) = delete;

@@ -7,15 +7,14 @@
 //     g++ -std=c++20 -O1 -I. -Itests -pthread tests/fuzz/fuzz_journal.cpp -o fuzz_journal_plain && ./fuzz_journal_plain [FILE...]
 // SPDX-License-Identifier: MIT
 #include "journal_support.hpp"
+#include "replay.hpp"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <iterator>
+#include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 namespace {
@@ -193,20 +192,7 @@ void mutate(bytes& b, const std::vector<bytes>& all, sim_random& r) {
 
 int main(int argc, char** argv) {
     const std::vector<bytes> all = seeds();
-    if (argc == 3 && std::string_view(argv[1]) == "--seeds") {  // writes them into a directory, for the fuzzer
-        for (std::size_t i = 0; i < all.size(); ++i) {
-            std::ofstream f(std::string(argv[2]) + "/seed-" + std::to_string(i), std::ios::binary);
-            f.write(reinterpret_cast<const char*>(all[i].data()), static_cast<std::streamsize>(all[i].size()));
-            if (!f) return 1;
-        }
-        return 0;
-    }
-    for (int i = 1; i < argc; ++i) {
-        std::ifstream f(argv[i], std::ios::binary);
-        const std::string text((std::istreambuf_iterator<char>(f)), std::istreambuf_iterator<char>());
-        LLVMFuzzerTestOneInput(reinterpret_cast<const std::uint8_t*>(text.data()), text.size());
-    }
-    if (argc > 1) return 0;
+    if (const std::optional<int> done = replay(argc, argv, all)) return *done;
     sim_random r(1);
     std::size_t accepted = 0, n = 0;
     const auto look = [&](const bytes& b) {

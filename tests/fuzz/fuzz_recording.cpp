@@ -9,15 +9,14 @@
 // The plain program has its own operator new: reading may not allocate more than a fixed multiple of its input.
 // SPDX-License-Identifier: MIT
 #include "intercept_support.hpp"
+#include "replay.hpp"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <iterator>
 #include <new>
-#include <string_view>
+#include <optional>
 
 namespace {
 std::atomic<std::size_t> g_bytes{0};  // allocated since it was set to 0, freed or not
@@ -144,20 +143,7 @@ int run(const bytes& b) { return LLVMFuzzerTestOneInput(reinterpret_cast<const s
 
 int main(int argc, char** argv) {
     const std::vector<bytes> all = seeds();
-    if (argc == 3 && std::string_view(argv[1]) == "--seeds") {  // writes them into a directory, for the fuzzer
-        for (std::size_t i = 0; i < all.size(); ++i) {
-            std::ofstream f(std::string(argv[2]) + "/seed-" + std::to_string(i), std::ios::binary);
-            f.write(reinterpret_cast<const char*>(all[i].data()), static_cast<std::streamsize>(all[i].size()));
-            if (!f) return 1;
-        }
-        return 0;
-    }
-    for (int i = 1; i < argc; ++i) {
-        std::ifstream f(argv[i], std::ios::binary);
-        const std::string text((std::istreambuf_iterator<char>(f)), std::istreambuf_iterator<char>());
-        LLVMFuzzerTestOneInput(reinterpret_cast<const std::uint8_t*>(text.data()), text.size());
-    }
-    if (argc > 1) return 0;
+    if (const std::optional<int> done = replay(argc, argv, all)) return *done;
     random_source r;
     std::size_t accepted = 0, n = 0;
     const auto look = [&](const bytes& b) {

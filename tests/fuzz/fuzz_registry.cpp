@@ -8,12 +8,12 @@
 //     g++ -std=c++20 -O1 -I. -Itests -pthread tests/fuzz/fuzz_registry.cpp -o fuzz_registry_plain && ./fuzz_registry_plain [FILE...]
 // SPDX-License-Identifier: MIT
 #include "journal_support.hpp"
+#include "replay.hpp"
 
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <iterator>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -253,12 +253,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 #if !defined(RTB_FUZZER)
 int main(int argc, char** argv) {
-    for (int i = 1; i < argc; ++i) {
-        std::ifstream f(argv[i], std::ios::binary);
-        const std::string text((std::istreambuf_iterator<char>(f)), std::istreambuf_iterator<char>());
-        LLVMFuzzerTestOneInput(reinterpret_cast<const std::uint8_t*>(text.data()), text.size());
-    }
-    if (argc > 1) return 0;
+    if (const std::optional<int> done = replay(argc, argv, std::vector<std::string>())) return *done;
     sim_random r(3);
     for (int i = 0; i < 3000; ++i) {
         std::vector<std::uint8_t> bytes_of(100 + r.below(900));
