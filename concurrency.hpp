@@ -1360,6 +1360,7 @@ class blocker : public runnable {
 
 public:
     sched_core* edge_of = nullptr;  // whose wait-for edge the answer clears (deadlock detection); null: none
+    bool answered = false;          // edge_of->edge_m: too late to publish the edge
 
     blocker() noexcept {
         run = [](runnable* r) { static_cast<blocker*>(r)->set(); };
@@ -2205,10 +2206,11 @@ inline bool leads_back(sched_core* self, time_point until, std::uint64_t& trace)
 }
 
 /// Publishes that this thread, which runs schedulers, waits for `target`. False: that would close a cycle; nothing is
-/// published then.
-inline bool publish_edge(sched_core* leader, sched_core* target, time_point until) noexcept {
+/// published then. A waiter that others can find already is `registered`: if it has its answer there is no wait, and no edge.
+inline bool publish_edge(sched_core* leader, sched_core* target, time_point until, const blocker* registered = nullptr) noexcept {
     {
         port::unique_lock l(leader->edge_m);
+        if (registered != nullptr && registered->answered) return true;
         leader->edge_to = target;
         leader->edge_until = until;
         ++leader->edge_epoch;
@@ -2228,7 +2230,11 @@ inline bool publish_edge(sched_core* leader, sched_core* target, time_point unti
 }
 
 inline void blocker::set() noexcept {
-    if (edge_of != nullptr) clear_edge(edge_of);
+    if (edge_of != nullptr) {
+        port::unique_lock l(edge_of->edge_m);
+        edge_of->edge_to = nullptr;
+        answered = true;
+    }
     // sync: acq_rel publishes the result to the waiter. A waiter that still spins may go at once, so nothing of it is
     // touched after this, unless it is parked: then it can't leave before woken_ is set under m_.
     if (state_.exchange(done, std::memory_order_acq_rel) != parked) return;
@@ -2843,12 +2849,10 @@ template <class Enter, class Leave> wait_end wait_on(sched_core* const c, time_p
         }
     }
     sched_core* const leader = current_leader();
-    if (leader != nullptr && !publish_edge(leader, c, until)) return wait_end::would_deadlock;
     b.edge_of = leader;
-    if (!enter(b)) {
-        if (leader != nullptr) clear_edge(leader);
-        return wait_end::done;
-    }
+    // The edge comes after that: one for a wait that is over already would make others give up for nothing.
+    if (!enter(b)) return wait_end::done;
+    if (leader != nullptr && !publish_edge(leader, c, until, &b)) return give_up(wait_end::would_deadlock);
     if (b.wait(c->wait_spin, c->options.spin, until)) return wait_end::done;
     const wait_end end = give_up(wait_end::timed_out);
     if (end != wait_end::done && leader != nullptr) clear_edge(leader);
@@ -6650,8 +6654,18 @@ template <class T> struct sink_state : queue_service<T, close_report> {
     }
     expected<void, sink_error> flush_blocking(time_point until) {
         if (this->core->out_of_reach() || this->is_closing()) return rtb::unexpected(sink_error(sink_errc::closed));
+        graveyard dead;  // emptied after the lock
         flush_node n;
-        graveyard dead;
+        struct unlinked : immovable {  // n ends here: also when a forced unwind ends the wait of a flush that is resolved
+            sink_state* s;
+            flush_node* n;
+            graveyard* dead;
+            unlinked(sink_state* state, flush_node* node, graveyard* d) noexcept : s(state), n(node), dead(d) {}
+            ~unlinked() {
+                port::unique_lock l(s->m);
+                s->drop_flush_locked(n, *dead);
+            }
+        } const at_end(this, &n, &dead);
         bool refused = false;
         const wait_end end = wait_on(
             this->core, until,
@@ -6669,13 +6683,8 @@ template <class T> struct sink_state : queue_service<T, close_report> {
             });
         if (refused) return rtb::unexpected(sink_error(sink_errc::closed));
         expected<void, sink_error> result = rtb::unexpected(sink_error(end == wait_end::would_deadlock ? sink_errc::would_deadlock : sink_errc::timed_out));
-        {
-            port::unique_lock l(this->m);
-            if (n.linked() && n.state != flush_node::waiting)
-                result = hand_over_locked(&n, dead);
-            else
-                drop_flush_locked(&n, dead);
-        }
+        port::unique_lock l(this->m);
+        if (n.linked() && n.state != flush_node::waiting) result = hand_over_locked(&n, dead);
         return result;
     }
     sink_stats stats() const {

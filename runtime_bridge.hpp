@@ -1366,6 +1366,7 @@ class blocker : public runnable {
 
 public:
     sched_core* edge_of = nullptr;  // whose wait-for edge the answer clears (deadlock detection); null: none
+    bool answered = false;          // edge_of->edge_m: too late to publish the edge
 
     blocker() noexcept {
         run = [](runnable* r) { static_cast<blocker*>(r)->set(); };
@@ -2211,10 +2212,11 @@ inline bool leads_back(sched_core* self, time_point until, std::uint64_t& trace)
 }
 
 /// Publishes that this thread, which runs schedulers, waits for `target`. False: that would close a cycle; nothing is
-/// published then.
-inline bool publish_edge(sched_core* leader, sched_core* target, time_point until) noexcept {
+/// published then. A waiter that others can find already is `registered`: if it has its answer there is no wait, and no edge.
+inline bool publish_edge(sched_core* leader, sched_core* target, time_point until, const blocker* registered = nullptr) noexcept {
     {
         port::unique_lock l(leader->edge_m);
+        if (registered != nullptr && registered->answered) return true;
         leader->edge_to = target;
         leader->edge_until = until;
         ++leader->edge_epoch;
@@ -2234,7 +2236,11 @@ inline bool publish_edge(sched_core* leader, sched_core* target, time_point unti
 }
 
 inline void blocker::set() noexcept {
-    if (edge_of != nullptr) clear_edge(edge_of);
+    if (edge_of != nullptr) {
+        port::unique_lock l(edge_of->edge_m);
+        edge_of->edge_to = nullptr;
+        answered = true;
+    }
     // sync: acq_rel publishes the result to the waiter. A waiter that still spins may go at once, so nothing of it is
     // touched after this, unless it is parked: then it can't leave before woken_ is set under m_.
     if (state_.exchange(done, std::memory_order_acq_rel) != parked) return;
@@ -2849,12 +2855,10 @@ template <class Enter, class Leave> wait_end wait_on(sched_core* const c, time_p
         }
     }
     sched_core* const leader = current_leader();
-    if (leader != nullptr && !publish_edge(leader, c, until)) return wait_end::would_deadlock;
     b.edge_of = leader;
-    if (!enter(b)) {
-        if (leader != nullptr) clear_edge(leader);
-        return wait_end::done;
-    }
+    // The edge comes after that: one for a wait that is over already would make others give up for nothing.
+    if (!enter(b)) return wait_end::done;
+    if (leader != nullptr && !publish_edge(leader, c, until, &b)) return give_up(wait_end::would_deadlock);
     if (b.wait(c->wait_spin, c->options.spin, until)) return wait_end::done;
     const wait_end end = give_up(wait_end::timed_out);
     if (end != wait_end::done && leader != nullptr) clear_edge(leader);

@@ -527,6 +527,19 @@ void a_cycle_of_two() {
     MC_REQUIRE(ra && rb);
     MC_REQUIRE(*ra + *rb <= 1);
 }
+// The task that A waits for is over before B calls A: however late A gets to its wait, nobody has to give up.
+void an_answered_wait_is_no_edge() {
+    rtb::runtime_bridge a(quiet_bridge()), b(quiet_bridge());
+    auto first = b.spawn(seven());
+    auto from_a = [&]() -> rtb::task<int> { co_return first.wait().value_or(-1); };
+    auto from_b = [&]() -> rtb::task<int> { co_return a.block_on(seven()).value_or(-1); };
+    auto ha = a.spawn(from_a);
+    auto hb = b.spawn(from_b);  // after `first`
+    auto ra = ha.wait();
+    auto rb = hb.wait();
+    MC_REQUIRE(ra && *ra == 7);
+    MC_REQUIRE(rb && *rb == 7);
+}
 
 // ---- 9. manual_clock ----
 rtb::task<void> sleep_then_stop(rtb::scheduler* s, rtb::time_point t) {
@@ -749,6 +762,7 @@ constexpr kernel k_kernels[] = {
     {"token: two cancels", token_two_cancels, 2},
     {"token: cancel against a task", token_cancel_against_task, 2},
     {"a cycle of two workers", a_cycle_of_two, 2},
+    {"an answered wait is no edge", an_answered_wait_is_no_edge, 2},
     {"manual clock: advance against park", advance_against_park, 3},
     {"semaphore against cancel", semaphore_against_cancel, 2},
     {"notify against cancel", notify_against_cancel, 2},
