@@ -5707,6 +5707,15 @@ struct service : immovable {
 };
 inline void close_on_cancel::operator()() const noexcept { s->begin_close(); }
 
+/// Whether a wait for an answer of `c` would close no cycle now.
+inline bool can_wait_for(sched_core* c, time_point until) noexcept {
+    sched_core* const leader = current_leader();
+    if (leader == nullptr) return true;
+    if (!publish_edge(leader, c, until)) return false;
+    clear_edge(leader);
+    return true;
+}
+
 // Blocks until the service is over, the time is over, or it is closing and sits in a step that outlasts the grace.
 inline service::join_end service::wait_over(time_point until) noexcept {
     if (core->out_of_reach()) return join_end::not_here;
@@ -7942,6 +7951,8 @@ template <class Command> class actor_handle {
     template <class R> expected<R, actor_error> ask_here(Command&& c, oneshot_receiver<R>& rx, duration timeout) {
         if (s_ == nullptr || s_->core->out_of_reach()) return rtb::unexpected(actor_error(actor_errc::closed));
         const time_point until = detail::blocks_until(timeout);
+        // Nobody could wait for this answer: then the command is not sent either.
+        if (!detail::can_wait_for(s_->core, until)) return rtb::unexpected(actor_error(actor_errc::would_deadlock));
         const detail::push_end sent = s_->push_blocking(c, 0, until);
         if (sent != detail::push_end::ok) return rtb::unexpected(actor_error(detail::push_code<actor_errc>(sent)));
         detail::oneshot_state<R>* const reply = detail::oneshot_access::state(rx);

@@ -584,6 +584,45 @@ TEST_CASE("actors on threads of their own that ask each other synchronously: one
     to_b->reset();
 }
 
+TEST_CASE("an actor sends to the one that waits for it: where there is room nothing waits, so nothing is refused") {
+    struct peer {
+        using command [[maybe_unused]] = cmd;
+        std::shared_ptr<std::optional<actor_handle<cmd>>> other;
+        std::atomic<int>* handled;
+        std::atomic<int>* refused;
+        void handle(cmd c) {
+            if (c.n == 2) {
+                CHECK((*other)->ask_blocking<int, cmd>(1).value() == 1);
+            } else if (c.n == 1) {  // the mailbox of the other one has room for one
+                CHECK((*other)->send_blocking(cmd(0)).has_value());
+                const auto second = (*other)->send_blocking(cmd(0));
+                *refused += !second && second.error() == actor_errc::would_deadlock;
+            }
+            ++*handled;
+            if (c.reply) static_cast<void>(c.reply.send(c.n));
+        }
+    };
+    std::atomic<int> handled{0}, refused{0};
+    const auto to_a = std::make_shared<std::optional<handle>>();
+    const auto to_b = std::make_shared<std::optional<handle>>();
+    rtb::actor_config small;
+    small.queue_capacity = 1;
+    auto [a, join_a] = handle::spawn(peer{to_b, &handled, &refused}, small);
+    auto [b, join_b] = handle::spawn(peer{to_a, &handled, &refused});
+    *to_a = a;
+    *to_b = b;
+    CHECK(a.ask_blocking<int, cmd>(2).value() == 2);
+    CHECK(a.ask_blocking<int, cmd>(3).value() == 3);
+    CHECK(refused == 1);
+    CHECK(handled == 4);
+    join_a.cancel();
+    join_b.cancel();
+    CHECK(join_a.wait().has_value());
+    CHECK(join_b.wait().has_value());
+    to_a->reset();
+    to_b->reset();
+}
+
 TEST_CASE("an actor that blocks for another one which stops meanwhile gets closed") {
     gate inside, release;
     struct slow {
