@@ -117,7 +117,7 @@ void join_with_a_limit() {
         thread waiter("waiter", [&] {
             auto h = s.spawn(make_payload(&alive));
             auto r = h.wait_for(milliseconds(1));
-            if (!r) {
+            if (!MC_EITHER(r)) {
                 MC_REQUIRE(r.error() == rtb::join_errc::timed_out);
                 auto again = h.wait();
                 MC_REQUIRE(again.has_value() && again->v.get() == 7);
@@ -155,7 +155,7 @@ void cancel_against_join() {
         thread canceller("canceller", [&] { h.cancel(); });
         thread waiter("waiter", [&] {
             auto r = h.wait();
-            if (r) MC_REQUIRE(r->v.get() == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(r->v.get() == 7);
             else MC_REQUIRE(r.error() == rtb::join_errc::cancelled);
             s.stop();
         });
@@ -198,7 +198,7 @@ void oneshot_send_against_timeout() {
             auto rx = std::move(ends.second);
             auto r = rx.wait_for(milliseconds(1));
             received = r.has_value();
-            if (r) MC_REQUIRE(r->v.get() == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(r->v.get() == 7);
             else MC_REQUIRE(r.error() == rtb::channel_errc::timed_out);
         });
         sender.join();
@@ -232,12 +232,12 @@ void oneshot_send_against_drop() {
         thread sender("sender", [&] {
             auto tx = std::move(ends.first);
             auto r = tx.send(payload(7, &alive));
-            if (!r) MC_REQUIRE(r.error() == rtb::channel_errc::closed);
+            if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::channel_errc::closed);
         });
         thread receiver("receiver", [&] {
             auto rx = std::move(ends.second);
             auto r = rx.try_recv();
-            if (r) MC_REQUIRE(r->v.get() == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(r->v.get() == 7);
         });
         sender.join();
         receiver.join();
@@ -267,12 +267,12 @@ void oneshot_send_against_cancelled_task() {
         thread sender("sender", [&] {
             auto tx = std::move(ends.first);
             auto r = tx.send(payload(7, &alive));
-            if (!r) MC_REQUIRE(r.error() == rtb::channel_errc::closed);
+            if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::channel_errc::closed);
         });
         thread canceller("canceller", [&] {
             h.cancel();
             auto r = h.wait();
-            if (r) MC_REQUIRE(*r == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(*r == 7);
             else MC_REQUIRE(r.error() == rtb::join_errc::cancelled);
             s.stop();
         });
@@ -316,7 +316,7 @@ void channel_close_against_send() {
         const auto send = [&](int i) {
             auto r = tx.send_blocking(payload(i, &alive));
             accepted[i] = r.has_value();
-            if (!r) MC_REQUIRE(r.error() == rtb::channel_errc::closed);
+            if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::channel_errc::closed);
         };
         thread a("sender 0", [&] { send(0); });
         thread b("sender 1", [&] { send(1); });
@@ -344,7 +344,7 @@ void channel_with_limits() {
             for (int i = 0; i < 2; ++i) {
                 auto r = tx.send_blocking(payload(i, &alive), milliseconds(1));
                 accepted += r.has_value();
-                if (!r) MC_REQUIRE(r.error() == rtb::channel_errc::timed_out);
+                if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::channel_errc::timed_out);
             }
         });
         auto rx = std::move(ends.second);
@@ -376,7 +376,7 @@ void block_on_against_drain() {
         rtb::runtime_bridge b(quiet_bridge());
         thread caller("caller", [&] {
             auto r = b.block_on(make_payload_slowly(&alive));
-            if (r) MC_REQUIRE(r->v.get() == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(r->v.get() == 7);
             else MC_REQUIRE(r.error() == rtb::bridge_errc::worker_dead);
         });
         b.shutdown(rtb::shutdown_mode::drain);
@@ -390,7 +390,7 @@ void block_on_against_abort() {
         rtb::runtime_bridge b(quiet_bridge());
         thread caller("caller", [&] {
             auto r = b.block_on(make_payload_later(&alive));
-            if (r) MC_REQUIRE(r->v.get() == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(r->v.get() == 7);
             else MC_REQUIRE(r.error() == rtb::bridge_errc::worker_dead || r.error() == rtb::bridge_errc::response_lost);
         });
         b.shutdown(rtb::shutdown_mode::abort);
@@ -403,7 +403,7 @@ void block_on_with_a_limit() {
     {
         rtb::runtime_bridge b(quiet_bridge());
         auto r = b.block_on_for(milliseconds(1), make_payload_later(&alive));
-        if (r) MC_REQUIRE(r->v.get() == 7);
+        if (MC_EITHER(r)) MC_REQUIRE(r->v.get() == 7);
         else MC_REQUIRE(r.error() == rtb::bridge_errc::timed_out);
     }
     MC_REQUIRE(alive == 0);
@@ -414,7 +414,7 @@ void limit_against_drain() {
         rtb::runtime_bridge b(quiet_bridge());
         thread caller("caller", [&] {
             auto r = b.block_on_for(milliseconds(1), make_payload_later(&alive));
-            if (r) MC_REQUIRE(r->v.get() == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(r->v.get() == 7);
             else MC_REQUIRE(r.error() == rtb::bridge_errc::timed_out || r.error() == rtb::bridge_errc::worker_dead);
         });
         b.shutdown(rtb::shutdown_mode::drain);
@@ -428,7 +428,7 @@ void drain_against_abort() {
     thread other("aborter", [&] { b.shutdown(rtb::shutdown_mode::abort); });
     b.shutdown(rtb::shutdown_mode::drain);
     auto r = h.wait();
-    if (r) MC_REQUIRE(*r == 7);
+    if (MC_EITHER(r)) MC_REQUIRE(*r == 7);
     else MC_REQUIRE(r.error() == rtb::join_errc::cancelled);
     other.join();
 }
@@ -437,7 +437,7 @@ void join_limit_against_drain() {
     auto h = b.spawn(sleeps(milliseconds(2)));
     thread waiter("waiter", [&] {
         auto r = h.wait_for(milliseconds(1));
-        if (!r) MC_REQUIRE(r.error() == rtb::join_errc::timed_out || r.error() == rtb::join_errc::cancelled);
+        if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::join_errc::timed_out || r.error() == rtb::join_errc::cancelled);
     });
     b.shutdown(rtb::shutdown_mode::drain);
     waiter.join();
@@ -514,7 +514,7 @@ void a_cycle_of_two() {
     rtb::runtime_bridge a(quiet_bridge()), b(quiet_bridge());
     const auto into = [](rtb::runtime_bridge& other) {
         auto r = other.block_on(seven());
-        if (r) MC_REQUIRE(*r == 7);
+        if (MC_EITHER(r)) MC_REQUIRE(*r == 7);
         else MC_REQUIRE(r.error() == rtb::bridge_errc::would_deadlock);
         return r.has_value() ? 0 : 1;
     };
@@ -618,7 +618,7 @@ void run_blocking_against_cancel() {
         thread canceller("canceller", [&] {
             h.cancel();
             auto r = h.wait();
-            if (r) MC_REQUIRE(*r == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(*r == 7);
             else MC_REQUIRE(r.error() == rtb::join_errc::cancelled);
             s.stop();
         });
@@ -710,7 +710,7 @@ void shutdown_with_a_deadline() {
     auto h = b.spawn(sleeps(milliseconds(5)));
     thread waiter("waiter", [&] {
         auto r = h.wait();
-        if (!r) MC_REQUIRE(r.error() == rtb::join_errc::cancelled);
+        if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::join_errc::cancelled);
     });
     const rtb::shutdown_report report = b.shutdown(rtb::shutdown_mode::drain, rtb::clock::now() + milliseconds(1));
     // Time passes here as it likes, so even the grace may end before the worker moves: only the end is certain.
@@ -727,7 +727,7 @@ void end_of_a_scheduler_thread() {
             h = t.scheduler().spawn(make_payload_later(&alive));
         }
         auto r = h.wait();
-        if (r) MC_REQUIRE(r->v.get() == 7);
+        if (MC_EITHER(r)) MC_REQUIRE(r->v.get() == 7);
         else MC_REQUIRE(r.error() == rtb::join_errc::cancelled);
     }
     MC_REQUIRE(alive == 0);

@@ -87,7 +87,7 @@ void push_against_close() {
         thread producer("producer", [&] {
             for (int i = 1; i <= 2; ++i) {
                 auto r = sink.try_push(message(i, &s.alive));
-                if (r) count(&accepted, 1);
+                if (MC_EITHER(r)) count(&accepted, 1);
                 else MC_REQUIRE(r.error() == rtb::sink_errc::closed && r.error().value().v.get() == i);
             }
         });
@@ -118,7 +118,7 @@ void waiting_push_against_close() {
         thread producer("producer", [&] {
             for (int i = 1; i <= 2; ++i) {
                 auto r = sink.push_blocking(message(i, &s.alive));
-                if (r) count(&accepted, 1);
+                if (MC_EITHER(r)) count(&accepted, 1);
                 else MC_REQUIRE(r.error() == rtb::sink_errc::closed);
             }
         });
@@ -135,7 +135,7 @@ void waiting_push_with_a_limit() {
         auto [sink, handle] = sink_of::spawn(drain{&s}, small(1, 1, rtb::overflow::block));
         for (int i = 1; i <= 2; ++i) {
             auto r = sink.push_blocking(message(i, &s.alive), milliseconds(1));
-            if (r) count(&accepted, 1);
+            if (MC_EITHER(r)) count(&accepted, 1);
             else MC_REQUIRE(r.error() == rtb::sink_errc::timed_out);
         }
     }
@@ -147,7 +147,7 @@ void flush_against_close() {
     MC_REQUIRE(sink.try_push(message(1, &s.alive)));
     thread flusher("flusher", [&] {
         auto r = sink.flush_blocking();
-        if (r) MC_REQUIRE(s.messages.get() == 1);
+        if (MC_EITHER(r)) MC_REQUIRE(s.messages.get() == 1);
         else MC_REQUIRE(r.error() == rtb::sink_errc::closed);
     });
     handle.cancel();
@@ -159,7 +159,7 @@ void flush_with_a_limit() {
     auto [sink, handle] = sink_of::spawn(drain{&s}, small(2, 2));
     MC_REQUIRE(sink.try_push(message(1, &s.alive)));
     auto r = sink.flush_blocking(milliseconds(1));
-    if (r) MC_REQUIRE(s.messages.get() == 1);
+    if (MC_EITHER(r)) MC_REQUIRE(s.messages.get() == 1);
     else MC_REQUIRE(r.error() == rtb::sink_errc::timed_out);
 }
 void two_flushes() {
@@ -179,7 +179,7 @@ void flush_against_the_end_of_its_scheduler() {
         MC_REQUIRE(sink.try_push(message(1, &s.alive)));
         thread flusher("flusher", [&] {
             auto r = sink.flush_blocking();
-            if (!r) MC_REQUIRE(r.error() == rtb::sink_errc::closed);
+            if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::sink_errc::closed);
         });
         t.reset();
         const auto report = handle.wait();
@@ -318,7 +318,7 @@ void ask_against_stop(enum rtb::queued_on_stop queued) {
         auto [actor, handle] = actor_of::spawn(answering{&w.sum, &w.ends}, mailbox(1, queued));
         thread asker("asker", [&] {
             auto r = actor.ask_blocking<int>([&](rtb::oneshot_sender<int> tx) { return question{message(7, &w.alive), std::move(tx)}; });
-            if (r) MC_REQUIRE(*r == 7);
+            if (MC_EITHER(r)) MC_REQUIRE(*r == 7);
             else MC_REQUIRE(r.error() == rtb::actor_errc::closed);
             MC_REQUIRE(w.sum == (r ? 7 : 0));
         });
@@ -335,7 +335,7 @@ void asker_gives_up() {
     {
         auto [actor, handle] = actor_of::spawn(answering{&w.sum, &w.ends}, mailbox(1, rtb::queued_on_stop::run));
         auto r = actor.ask_blocking<int>([&](rtb::oneshot_sender<int> tx) { return question{message(7, &w.alive), std::move(tx)}; }, milliseconds(1));
-        if (r) MC_REQUIRE(*r == 7);
+        if (MC_EITHER(r)) MC_REQUIRE(*r == 7);
         else MC_REQUIRE(r.error() == rtb::actor_errc::timed_out);
     }
     MC_REQUIRE(w.ends.get() == 1 && w.alive == 0);

@@ -63,11 +63,13 @@ struct options {
     int stale = 1;               // reads of an older value, per execution; 0: sequential consistency
     int spurious = 0;            // spurious wake-ups, per execution
     int early = 1;               // timeouts that fire while somebody could still run, per execution
+    int odd = 1;                 // of these three together
     int pct_depth = 3;
     std::uint64_t seed = 1;
     std::uint64_t executions = 100000;
     int steps = 20000;
     bool leaks = true;
+    bool reduce = true;          // dfs: leave out executions that repeat another one; see engine::fall_asleep
 };
 struct result {
     std::uint64_t executions = 0;
@@ -87,12 +89,16 @@ struct fiber {
     int id = 0;
     const char* name = "";
     const void* on = nullptr;  // what it is blocked on
+    std::uint32_t on_key = 0;
     bool cv = false, timed = false, timed_out = false, started = false;
     std::int64_t deadline = 0;
     int priority = 0;
     const char* file = "";  // its last operation
     unsigned line = 0;
     const char* op = "start";
+    std::uint32_t next_key = 0;  // the operation that it is about to make; 0: one that depends on everything
+    bool next_write = true;
+    bool asleep = false, time_matters = false;  // see engine::fall_asleep
     vector_clock now, acquired, released;  // happens-before; what an acquire fence adds; what a release fence published
     std::function<void()> body;
     ucontext_t context;
@@ -155,9 +161,14 @@ public:
     // choices
     struct node {
         int n, i;
+        bool reads_time = false;  // the step that the thread made where it went on
     };
     std::vector<node> path;
-    std::size_t at = 0;
+    static constexpr std::size_t k_no_node = ~std::size_t{0};
+    std::size_t at = 0, step_of = k_no_node;  // step_of: the node whose first choice the running thread follows
+    static constexpr int k_spurious = 100;    // + thread: a decision
+    std::vector<std::uint8_t> decisions;      // of this execution, in order
+    std::vector<std::uint8_t> script;         // decisions that are to be repeated
     int used_preemptions = 0, used_stale = 0, used_spurious = 0, used_early = 0, steps = 0, horizon = 50, alone = 0, lowest = 0;
     std::vector<int> change_points;
     std::mt19937_64 random;
@@ -171,6 +182,7 @@ public:
     step_record trace[64];
     std::uint64_t traced = 0;
     std::string kernel;
+    std::map<std::string, bool> cover;  // outcomes that some execution has to have, and whether one had
     std::vector<char*> free_stacks;
     std::jmp_buf home;
     ucontext_t home_context;
@@ -205,8 +217,7 @@ public:
         const char* comma = "";
         for (const std::uint32_t k : shared) std::printf("%s%x", std::exchange(comma, ","), k);
         std::printf("/");
-        comma = "";
-        for (std::size_t k = 0; k < at && k < path.size(); ++k) std::printf("%s%d", std::exchange(comma, ","), path[k].i);
+        for (const std::uint8_t d : decisions) std::printf("%c", d >= k_spurious ? 'a' + (d - k_spurious) : '0' + d);
         std::printf("\n");
         std::fflush(stdout);
         ::_exit(3);
@@ -214,11 +225,9 @@ public:
 
     // ---- choices ----
     int choose(int n, int wanted = -1) {
-        if (n <= 1) return 0;
+        if (n <= 1 || redundant) return 0;
         if (at < path.size()) {
-            if (path[at].n != 0 && path[at].n != n) fail("the kernel is not deterministic");
-            if (path[at].i >= n) fail("this replay does not fit");
-            path[at].n = n;
+            if (path[at].n != n) fail("the kernel is not deterministic");
             return path[at++].i;
         }
         int i = 0;
@@ -229,14 +238,33 @@ public:
         return i;
     }
 
+    void decided(int d) { decisions.push_back(static_cast<std::uint8_t>(d)); }
+    /// One of n, where it is not about who goes on.
+    int choose_what(int n, int wanted = -1) {
+        if (n <= 1) return 0;
+        const int i = decisions.size() < script.size() ? script[decisions.size()] : choose(n, wanted);
+        if (i >= n) fail("this replay does not fit");
+        decided(i);
+        return i;
+    }
+
     // ---- scheduling ----
     enum class why { point, yield, block, over };
     // Decides who goes on and changes to it. Returns when the calling fiber goes on.
     void pick(why w) {
         if (++steps > o.steps) fail("step limit: a livelock, or a loop that waits without a yield");
+        step_of = k_no_node;
+        if (decisions.size() < script.size()) {
+            const int d = script[decisions.size()], next = d % k_spurious;
+            if (next >= static_cast<int>(fibers.size())) fail("this replay does not fit");
+            decided(d);
+            if (fibers[static_cast<std::size_t>(next)]->state == fiber::blocked) fire(next, d < k_spurious);
+            return change_to(next);
+        }
         bool is_free = w != why::point;
         int c[4 * k_threads], n = 0, plain = 0;
         const int me = running;
+        bool slept = false;
         const int count = static_cast<int>(fibers.size());
         if (!is_free && ++alone > 500) is_free = true;  // a loop that waits for another thread must not starve it
         if (w == why::point && alone <= 500) c[n++] = me;
@@ -244,19 +272,31 @@ public:
             for (int i = 0; i < count; ++i) {
                 fiber& f = *fibers[static_cast<std::size_t>(i)];
                 if (i == me) continue;
-                if (f.state == fiber::runnable || (f.state == fiber::blocked && f.timed && f.deadline <= time)) c[n++] = i;
+                if (f.state == fiber::runnable || (f.state == fiber::blocked && f.timed && f.deadline <= time)) {
+                    if (f.asleep) slept = true;
+                    else c[n++] = i;
+                }
             }
         }
         // After a yield the others come first; to go on at once costs as much as a preemption.
-        if (w == why::yield ? n == 0 || o.how != strategy::dfs || used_preemptions < o.preemptions : w == why::point && alone > 500) c[n++] = me;
+        if (w == why::yield ? (n == 0 && !slept) || o.how != strategy::dfs || used_preemptions < o.preemptions : w == why::point && alone > 500) c[n++] = me;
         plain = n;
         for (int i = 0; i < count; ++i) {
             fiber& f = *fibers[static_cast<std::size_t>(i)];
-            if (f.state != fiber::blocked || !f.cv || i == me) continue;
-            if (f.timed && f.deadline > time && used_early < o.early) c[n++] = i;
-            if (used_spurious < o.spurious) c[n++] = i + 100;
+            if (f.state != fiber::blocked || !f.cv) continue;
+            if (f.timed && f.deadline > time && used_early < o.early && odd_left()) c[n++] = i;
+            if (i != me && used_spurious < o.spurious && odd_left()) c[n++] = i + k_spurious;
         }
-        if (plain == 0) {  // nobody can go on: time passes
+        if (plain == 0 && slept && n == 0) {  // whatever comes now was seen
+            redundant = true;
+            executed(0, true);
+            for (const auto& f : fibers) {
+                if (f->state != fiber::runnable || f->id == me) continue;
+                decided(f->id);
+                return change_to(f->id);
+            }
+        }
+        if (plain == 0 && !slept) {  // nobody can go on: time passes
             if (alive == 0) return go_home();
             std::int64_t first = 0;
             n = 0;
@@ -268,6 +308,7 @@ public:
             }
             if (n == 0) fail("deadlock, or a lost wake-up");
             const int next = c[choose(n)];
+            decided(next);
             fire(next, true);
             return change_to(next);
         }
@@ -285,26 +326,66 @@ public:
             k = choose(n);
         }
         int next = c[k];
-        if (next >= 100) {
-            next -= 100;
+        decided(next);
+        const bool noted = n > 1 && !redundant && w == why::point && !is_free;  // path[at - 1] is this choice, and its first is `me`
+        bool sleeps = noted && o.how == strategy::dfs && o.reduce && self().next_key != 0 && next != me;
+        if (next >= k_spurious) {
+            next -= k_spurious;
             ++used_spurious;
             fire(next, false);
+            sleeps = false;
         } else if (fibers[static_cast<std::size_t>(next)]->state == fiber::blocked) {
             if (k >= plain) ++used_early;
+            // If we went on first, this timeout would come at another time, or not at all.
+            if (noted && (path[at - 1].reads_time || fibers[static_cast<std::size_t>(next)]->on_key == self().next_key)) sleeps = false;
             fire(next, true);
         }
-        if (k < plain && (w == why::yield ? next == me && plain > 1 : !is_free && next != me)) ++used_preemptions;
+        if (k < plain && (w == why::yield ? next == me && (plain > 1 || slept) : !is_free && next != me)) ++used_preemptions;
+        if (sleeps) fall_asleep(self(), path[at - 1].reads_time);
+        if (noted && next == me) step_of = at - 1;
         if (next != me) alone = 0;
         change_to(next);
     }
-    int priority_of(int i) const { return fibers[static_cast<std::size_t>(i % 100)]->priority - (i >= 100 ? 100000 : 0); }
+    // Sleep sets, for DFS. A thread that is preempted before an operation (by another thread, or by a timeout) sleeps until
+    // another one does something that does not commute with its step, which is that operation and all up to the next one. To
+    // make the step before that is to repeat an execution that made it first and was preempted after it, and that costs no
+    // more. This holds for preemptions only: other changes are free where they are, and might not be there.
+    int sleepers = 0;
+    bool redundant = false;  // all that is left sleeps: the execution is ended without further choices
+    bool odd_left() const { return used_stale + used_early + used_spurious < o.odd; }
+    void fall_asleep(fiber& f, bool time_matters) {
+        f.asleep = true;
+        f.time_matters = time_matters;
+        ++sleepers;
+    }
+    void wake_sleeper(fiber& f) {
+        if (!f.asleep) return;
+        f.asleep = false;
+        --sleepers;
+    }
+    /// The running thread has made an operation on that object. Key 0: it depends on everything.
+    void executed(std::uint32_t key, bool write) {
+        if (sleepers == 0) return;
+        for (const auto& f : fibers)
+            if (f->asleep && (key == 0 || (key == f->next_key && (write || f->next_write)))) wake_sleeper(*f);
+    }
+    void set_time(std::int64_t t) {
+        time = t;
+        if (sleepers == 0) return;
+        for (const auto& f : fibers)
+            if (f->time_matters) wake_sleeper(*f);
+    }
+    void time_is_read() {
+        if (step_of != k_no_node) path[step_of].reads_time = true;
+    }
+    int priority_of(int i) const { return fibers[static_cast<std::size_t>(i % k_spurious)]->priority - (i >= k_spurious ? 100000 : 0); }
     void fire(int i, bool timeout) {
         fiber& f = *fibers[static_cast<std::size_t>(i)];
         f.state = fiber::runnable;
         f.timed_out = timeout;
         f.on = nullptr;
         f.cv = false;
-        if (timeout && f.deadline > time) time = f.deadline;
+        if (timeout && f.deadline > time) set_time(f.deadline);
         f.timed = false;
     }
     void change_to(int next) {
@@ -395,17 +476,22 @@ public:
         f.file = file, f.line = line, f.op = op;
         trace[traced++ % 64] = {running, op, file, line, key, value, text};
     }
-    void point(bool is_shared, const char* op, const char* file, unsigned line) {
+    /// The place before an operation on the object `key` (0: on everything). `write`: it does not commute with itself.
+    void point(bool is_shared, const char* op, const char* file, unsigned line, std::uint32_t key = 0, bool write = true) {
         fiber& f = self();
-        f.file = file, f.line = line, f.op = op;
-        if (is_shared) pick(why::point);
-        else if (++steps > o.steps) fail("step limit: a livelock");
+        f.file = file, f.line = line, f.op = op, f.next_key = key, f.next_write = write;
+        if (is_shared) {
+            pick(why::point);
+            executed(key, write);
+        } else if (++steps > o.steps) {
+            fail("step limit: a livelock");
+        }
         ++self().now.t[running];
     }
-    void block(const void* on, bool cv, bool timed, std::int64_t deadline) {
+    void block(const void* on, std::uint32_t key, bool cv, bool timed, std::int64_t deadline) {
         fiber& f = self();
         f.state = fiber::blocked;
-        f.on = on, f.cv = cv, f.timed = timed, f.deadline = deadline, f.timed_out = false;
+        f.on = on, f.on_key = key, f.cv = cv, f.timed = timed, f.deadline = deadline, f.timed_out = false;
         pick(why::block);
     }
     int wake(const void* on, bool one) {
@@ -413,15 +499,15 @@ public:
         for (const auto& f : fibers)
             if (f->state == fiber::blocked && f->on == on) w[n++] = f->id;
         if (n == 0) return 0;
-        if (one) fire(w[choose(n)], false);
+        if (one) fire(w[choose_what(n)], false);
         else
             for (int i = 0; i < n; ++i) fire(w[i], false);
         return n;
     }
     void yield(const char* file, unsigned line) {
         note("yield", 0, 0, file, line);
-        time += 20000;  // so that loops with a limit in time end
         pick(why::yield);
+        set_time(time + 20000);  // so that loops with a limit in time end
         ++self().now.t[running];
     }
     bool is_shared(std::uint32_t key) const { return shared.count(key) != 0; }
@@ -569,9 +655,9 @@ template <class T> class atomic : object {
         f.now.join(g->sc);
         g->sc.join(f.now);
     }
-    void begin(const char* op, const char* file, unsigned line) const {
+    void begin(const char* op, const char* file, unsigned line, std::memory_order o, bool write) const {
         touch();
-        g->point(shared(), op, file, line);
+        g->point(shared(), op, file, line, o == std::memory_order_seq_cst ? 0 : key(), write);
         touch();
         if (h_ == nullptr || of_ != g->execution) {
             of_ = g->execution;
@@ -618,7 +704,7 @@ template <class T> class atomic : object {
     template <class F> T modify(const char* op, F change, std::memory_order o, const char* file, unsigned line) {
         if (off()) return std::exchange(value_, change(value_));
         engine_scope in;
-        begin(op, file, line);
+        begin(op, file, line, o, true);
         sc(o);
         store_record& last = newest();
         const T before = take(last, o);
@@ -634,12 +720,12 @@ public:
     T load(std::memory_order o = std::memory_order_seq_cst, MC_AT) const {
         if (off()) return value_;
         engine_scope in;
-        begin("load", file, line);
+        begin("load", file, line, o, false);
         sc(o);
         int n = 1;
-        if (g->used_stale < g->o.stale && shared())
+        if (g->used_stale < g->o.stale && g->odd_left() && shared())
             while (n < h_->n && !must_see(h_->s[h_->n - n])) ++n;
-        const int k = g->choose(n, g->o.how == strategy::dfs || g->random() % 4 != 0 ? 0 : -1);
+        const int k = g->choose_what(n, g->o.how == strategy::dfs || g->random() % 4 != 0 ? 0 : -1);
         if (k != 0) ++g->used_stale;
         const T v = take(h_->s[h_->n - 1 - k], o);
         g->note(k != 0 ? "load, an OLD value" : "load", key(), bits(v), file, line, order(o));
@@ -648,7 +734,7 @@ public:
     void store(T v, std::memory_order o = std::memory_order_seq_cst, MC_AT) {
         if (off()) return static_cast<void>(value_ = v);
         engine_scope in;
-        begin("store", file, line);
+        begin("store", file, line, o, true);
         sc(o);
         put(v, o, nullptr);
         g->note("store", key(), bits(v), file, line, order(o));
@@ -664,7 +750,7 @@ public:
             return expected = value_, false;
         }
         engine_scope in;
-        begin("compare_exchange", file, line);
+        begin("compare_exchange", file, line, success, true);
         sc(success);
         store_record& last = newest();
         if (value(last.value) != expected) {
@@ -706,6 +792,7 @@ class mutex : object {
         if (touch()) owner_ = -1, message_ = {};
     }
     void take() {
+        g->executed(key(), true);
         owner_ = g->running;
         g->self().now.join(message_);
     }
@@ -714,7 +801,11 @@ class mutex : object {
         message_.join(g->self().now);
         ++g->self().now.t[g->running];  // what follows is not published
         owner_ = -1;
+        g->executed(key(), true);
         g->wake(this, false);
+    }
+    void held() {  // by another one, for whom we have to wait
+        g->wake_sleeper(*g->fibers[static_cast<std::size_t>(owner_)]);
     }
 
 public:
@@ -729,12 +820,13 @@ public:
         if (g == nullptr || g_off) return;
         engine_scope in;
         enter();
-        g->point(shared(), "lock", file, line);
+        g->point(shared(), "lock", file, line, key());
         enter();
         check_made();
         if (owner_ == g->running) g->fail("a mutex was locked twice by one thread");
         while (owner_ != -1) {
-            g->block(this, false, false, 0);
+            held();
+            g->block(this, key(), false, false, 0);
             enter();
         }
         take();
@@ -744,9 +836,9 @@ public:
         if (g == nullptr || g_off) return true;
         engine_scope in;
         enter();
-        g->point(shared(), "try_lock", file, line);
+        g->point(shared(), "try_lock", file, line, key());
         enter();
-        if (owner_ != -1) return false;
+        if (owner_ != -1) return held(), false;
         take();
         g->note("try_lock", key(), 1, file, line);
         return true;
@@ -791,7 +883,11 @@ struct steady_clock {  // moves when nobody can go on, and when a timeout is cho
     using period = duration::period;
     using time_point = std::chrono::time_point<steady_clock, duration>;
     static constexpr bool is_steady = true;
-    static time_point now() noexcept { return time_point(duration(g != nullptr ? g->time : 0)); }
+    static time_point now() noexcept {
+        if (g == nullptr) return {};
+        g->time_is_read();
+        return time_point(duration(g->time));
+    }
 };
 
 class condition_variable : object {
@@ -800,17 +896,19 @@ class condition_variable : object {
         touch();
         mutex& m = *l.m_;
         if (m.owner_ != g->running) g->fail("a wait without the lock");
-        g->point(shared(), "wait", file, line);
+        g->point(shared(), "wait", file, line, key());
         touch();
         check_made();
+        if (timed) g->time_is_read();
         if (timed && deadline <= g->time) return true;
         m.give();
         g->note(timed ? "wait (timed)" : "wait", key(), 0, file, line);
-        g->block(this, true, timed, deadline);
+        g->block(this, key(), true, timed, deadline);
         const bool late = g->self().timed_out;
         m.enter();
         while (m.owner_ != -1) {
-            g->block(&m, false, false, 0);
+            m.held();
+            g->block(&m, m.key(), false, false, 0);
             m.enter();
         }
         m.take();
@@ -822,7 +920,7 @@ class condition_variable : object {
         if (g == nullptr || g_off) return;
         engine_scope in;
         touch();
-        g->point(shared(), "notify", file, line);
+        g->point(shared(), "notify", file, line, key());
         touch();
         check_made();
         const int n = g->wake(this, one);
@@ -866,7 +964,7 @@ public:
         if (id_ < 0 || id_ == g->running) g->fail("join of no thread, or of itself");
         fiber& f = *g->fibers[static_cast<std::size_t>(id_)];
         g->point(f.state != fiber::over, "join", file, line);
-        while (f.state != fiber::over) g->block(&f, false, false, 0);
+        while (f.state != fiber::over) g->block(&f, 0, false, false, 0);
         g->self().now.join(f.now);
         g->note("join", 0, 0, file, line);
         id_ = -1;
@@ -915,6 +1013,14 @@ public:
 inline void require(bool ok, const char* what) {
     if (!ok) g->fail(what);
 }
+/// A condition that some execution finds true, and some other one false: else the kernel does not try what it says.
+inline bool either(bool c, const char* text, unsigned line) {
+    const engine_scope untracked;
+    const std::string place = std::string(text) + " in line " + std::to_string(line);
+    for (const bool b : {false, true}) g->cover[(b ? "true: " : "false: ") + place] |= b == c;
+    return c;
+}
+#define MC_EITHER(c) ::mc::either((c) ? true : false, #c, __LINE__)
 #define MC_REQUIRE(c) ::mc::require((c) ? true : false, "expected: " #c)
 
 // ---- race detection on all memory: called by the code that -fsanitize=thread puts before every access ----
@@ -969,6 +1075,7 @@ template <class F> result explore(engine& e, const options& o, F body, const std
     result r;
     e.o = o;
     std::vector<engine::node> path;
+    std::vector<std::uint8_t> script;
     std::mt19937_64 seeds(o.seed);
     std::signal(SIGSEGV, crashed);
     std::signal(SIGABRT, crashed);
@@ -977,7 +1084,7 @@ template <class F> result explore(engine& e, const options& o, F body, const std
         const char* p = replay.c_str();
         char* end = nullptr;
         for (; *p != 0 && *p != '/'; p = *end == ',' ? end + 1 : end) keys.insert(static_cast<std::uint32_t>(std::strtoul(p, &end, 16)));
-        for (p = *p == '/' ? p + 1 : p; *p != 0; p = *end == ',' ? end + 1 : end) path.push_back({0, static_cast<int>(std::strtol(p, &end, 10))});
+        for (p = *p == '/' ? p + 1 : p; *p != 0; ++p) script.push_back(static_cast<std::uint8_t>(*p >= 'a' ? engine::k_spurious + (*p - 'a') : *p - '0'));
         e.shared = e.shared_next = keys;
     }
     for (int warm_up = 3;;) {
@@ -987,6 +1094,10 @@ template <class F> result explore(engine& e, const options& o, F body, const std
         e.path = warm ? std::vector<engine::node>() : path;
         e.at = 0;
         e.running = -1, e.alive = 0, e.time = 1000000000, e.sc = {};
+        e.decisions.clear();
+        e.script = warm ? std::vector<std::uint8_t>() : script;
+        e.sleepers = 0;
+        e.redundant = false;
         e.used_preemptions = e.used_stale = e.used_spurious = e.used_early = e.steps = e.alone = e.lowest = 0;
         e.random.seed(seeds());
         e.change_points.clear();

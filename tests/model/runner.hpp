@@ -22,7 +22,8 @@ double ms_since(std::chrono::steady_clock::time_point t) {
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - t).count();
 }
 
-void explore_all(const kernel& k, bool deep, std::uint64_t seed) {
+/// False: a bound that the default run promises was not exhausted.
+bool explore_all(const kernel& k, bool deep, std::uint64_t seed) {
     const auto start = std::chrono::steady_clock::now();
     mc::engine e;
     e.kernel = k.name;
@@ -31,28 +32,38 @@ void explore_all(const kernel& k, bool deep, std::uint64_t seed) {
     mc::options o;
     o.seed = seed;
 #if defined(__SANITIZE_THREAD__)
-    const std::uint64_t scale = 15;  // every memory access is looked at
+    const bool races = true;  // every memory access is looked at
 #else
-    const std::uint64_t scale = 1;
+    const bool races = false;
 #endif
-    o.executions = (deep ? 2000000 : 20000) / scale;
-    for (o.preemptions = 1; o.preemptions <= most; ++o.preemptions) {
-        o.stale = deep ? 2 : 1;
+    bool exhausted = true;
+    o.executions = races ? 2000 : deep ? 10000000 : 1000000;
+    if (deep) o.odd = o.stale = 2;
+    for (o.preemptions = 1; exhausted && o.preemptions <= most; ++o.preemptions) {
         const mc::result r = mc::explore(e, o, k.body);
-        std::printf(" p%d %llu%s", o.preemptions, static_cast<unsigned long long>(r.executions), r.exhausted ? " all" : " cut");
-        if (!r.exhausted) break;
+        exhausted = r.exhausted;
+        std::printf(" p%d %llu%s", o.preemptions, static_cast<unsigned long long>(r.executions), exhausted ? " all" : " cut");
     }
+    o.odd = 100;
     o.stale = 3;
     o.spurious = 1;
     o.early = 2;
-    o.executions = (deep ? 100000 : 3000) / scale;
+    o.executions = races ? 200 : deep ? 100000 : 3000;
     for (const auto how : {mc::strategy::random, mc::strategy::pct}) {
         o.how = how;
         const mc::result r = mc::explore(e, o, k.body);
         std::printf(" %s %llu", how == mc::strategy::pct ? "pct" : "random", static_cast<unsigned long long>(r.executions));
     }
     std::printf("  %.0f ms\n", ms_since(start));
+    bool covered = true;
+    for (const auto& [outcome, seen] : e.cover) {
+        if (seen) continue;
+        covered = false;
+        std::printf("  FAILED %s: in no execution was this %s\n", k.name, outcome.c_str());
+    }
+    if (!exhausted && !deep && !races) std::printf("  FAILED %s: not exhausted at %d preemptions; make it smaller\n", k.name, o.preemptions - 1);
     std::fflush(stdout);
+    return covered && (exhausted || deep || races);
 }
 template <class List> int run_kernels(const List& list, int argc, char** argv) {
     bool deep = false;
@@ -83,15 +94,13 @@ template <class List> int run_kernels(const List& list, int argc, char** argv) {
             e.kernel = k.name;
             mc::options o;
             o.how = mc::strategy::replay;
-            o.stale = o.spurious = o.early = 9;
             mc::explore(e, o, k.body, replay);
             std::printf("%s: this execution holds\n", k.name);
             return 0;
         }
         const pid_t child = ::fork();
         if (child == 0) {
-            explore_all(k, deep, seed);
-            ::_exit(0);
+            ::_exit(explore_all(k, deep, seed) ? 0 : 1);
         }
         int status = 0;
         ::waitpid(child, &status, 0);
