@@ -3,17 +3,19 @@
 
 Usage: tests/long_run.py [--minutes N] [--cxx clang++-19] [--sanitize thread] [--seed N] [--mode NAME]
 
-Builds tests/*_threads.cpp, tests/bridge_stress.cpp and tests/stress/*.cpp, then runs one after the other in random order of test cases
-(doctest's --rand-seed, printed), in one of these modes:
+Builds tests/*_threads.cpp, tests/bridge_*.cpp, tests/child_*.cpp (forks, signal storms, every way to exit, kills) and
+tests/stress/*.cpp, then runs them one after the other at random, doctest programs with their cases in random order (--rand-seed),
+in one of these modes:
   plain    as it is
   one      pinned to one CPU
   stops    SIGSTOP and SIGCONT at random moments
-  quota    5 % of a CPU (cgroup v2, as root; skipped otherwise)
+  quota    20 % of a CPU (cgroup v2, as root; skipped otherwise)
   busy     with two processes that burn CPU beside it
 Exit code 0: everything passed. A failure prints mode, program and seed, with which it can be repeated.
 SPDX-License-Identifier: MIT
 """
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import random
@@ -28,26 +30,28 @@ CGROUP = pathlib.Path("/sys/fs/cgroup/rtb_long_run")
 
 
 def build(cxx: str, sanitize: str, folder: pathlib.Path) -> list:
-    """Programs as (name, command prefix, takes doctest options)."""
-    flags = ["-std=c++20", "-O1", "-g", "-I", str(HERE.parent), "-I", str(HERE), "-pthread", "-DRTB_TEST_HEADER=\"runtime_bridge.hpp\""]
+    """Programs as (name, path, takes doctest options)."""
+    flags = ["-std=c++20", "-O0" if sanitize else "-O1", "-g1", "-I", str(HERE.parent), "-I", str(HERE), "-pthread", "-DRTB_TEST_HEADER=\"runtime_bridge.hpp\""]
     if sanitize:
         flags.append(f"-fsanitize={sanitize}")
-    programs = []
     main = folder / "main.o"
     subprocess.run([cxx, *flags, "-c", str(HERE / "main.cpp"), "-o", str(main)], check=True)
-    for source in sorted([*HERE.glob("*_threads.cpp"), HERE / "bridge_stress.cpp", *(HERE / "stress").glob("*.cpp")]):
+
+    def one(source: pathlib.Path) -> tuple:
         with_main = "doctest" in source.read_text(encoding="utf-8")
-        program = folder / source.stem
         print(f"building {source.name}", flush=True)
-        subprocess.run([cxx, *flags, str(source), *([str(main)] if with_main else []), "-o", str(program)], check=True)
-        programs.append((source.stem, program, with_main))
-    return programs
+        subprocess.run([cxx, *flags, str(source), *([str(main)] if with_main else []), "-o", str(folder / source.stem)], check=True)
+        return source.stem, folder / source.stem, with_main
+
+    patterns = ["*_threads.cpp", "bridge_*.cpp", "child_*.cpp", "stress/*.cpp"]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(one, sorted(source for pattern in patterns for source in HERE.glob(pattern))))
 
 
 def quota(pid: int) -> bool:
     try:
         CGROUP.mkdir(exist_ok=True)
-        (CGROUP / "cpu.max").write_text("5000 100000")
+        (CGROUP / "cpu.max").write_text("20000 100000")
         (CGROUP / "cgroup.procs").write_text(str(pid))
     except OSError:
         return False
