@@ -8818,6 +8818,12 @@ public:
 #include <fcntl.h>     // open, F_OFD_SETLK
 #include <sys/file.h>  // flock
 #include <sys/stat.h>
+#if defined(__linux__)
+#include <sys/vfs.h>  // statfs
+#elif defined(__APPLE__) || defined(__FreeBSD__)
+#include <sys/param.h>  // before the next one
+#include <sys/mount.h>
+#endif
 #include <unistd.h>
 #else  // <windows.h> defines too much for a header; these declarations are the same as its own
 struct _OVERLAPPED;
@@ -8834,6 +8840,8 @@ __declspec(dllimport) int __stdcall LockFileEx(void*, unsigned long, unsigned lo
 __declspec(dllimport) int __stdcall GetFileInformationByHandle(void*, _BY_HANDLE_FILE_INFORMATION*);
 __declspec(dllimport) int __stdcall MoveFileExW(const wchar_t*, const wchar_t*, unsigned long);
 __declspec(dllimport) int __stdcall DeleteFileW(const wchar_t*);
+__declspec(dllimport) unsigned __stdcall GetDriveTypeW(const wchar_t*);
+__declspec(dllimport) int __stdcall GetVolumePathNameW(const wchar_t*, wchar_t*, unsigned long);
 __declspec(dllimport) int __stdcall CloseHandle(void*);
 __declspec(dllimport) unsigned long __stdcall GetLastError();
 __declspec(dllimport) void __stdcall SetLastError(unsigned long);
@@ -8881,9 +8889,22 @@ public:
     virtual std::error_code remove(const std::string& path) = 0;
     /// Creations, renames and removals in the directory of this file survive a loss of power.
     virtual std::error_code sync_directory_of(const std::string& path) = 0;
+    /// Whether this file, which exists, is another machine's, as far as the system tells.
+    virtual bool remote(const std::string&) { return false; }
 };
 
 namespace detail {
+#if defined(__linux__)
+/// NFS, SMB and the like, by the number that statfs gives. A shared folder of a virtual machine (9p) and FUSE may be anything.
+constexpr bool is_network_file_system(std::uint32_t type) noexcept {
+    constexpr std::uint32_t known[] = {0x6969u /* NFS */,      0x517bu /* SMB */,      0xff534d42u /* CIFS */,   0xfe534d42u /* SMB 2 */,
+                                       0x73757245u /* Coda */, 0x5346414fu /* AFS */,  0x6b414653u /* kAFS */,   0x00c36400u /* Ceph */,
+                                       0x0bd00bd0u /* Lustre */, 0x47504653u /* GPFS */, 0x564cu /* NCP */};
+    for (const std::uint32_t t : known)
+        if (t == type) return true;
+    return false;
+}
+#endif
 #if !defined(_WIN32)
 class native_journal_file final : public journal_file {
     int fd_;
@@ -9000,6 +9021,18 @@ public:
         if (e == std::errc::invalid_argument) e.clear();  // this file system knows no such thing
         return e;
     }
+    bool remote(const std::string& path) override {
+#if defined(__linux__)
+        struct statfs s = {};
+        return ::statfs(path.c_str(), &s) == 0 && is_network_file_system(static_cast<std::uint32_t>(s.f_type));
+#elif defined(__APPLE__) || defined(__FreeBSD__)
+        struct statfs s = {};
+        return ::statfs(path.c_str(), &s) == 0 && (s.f_flags & MNT_LOCAL) == 0;
+#else
+        static_cast<void>(path);
+        return false;
+#endif
+    }
 };
 #else
 class native_journal_file final : public journal_file {
@@ -9107,6 +9140,11 @@ public:
         return DeleteFileW(w->c_str()) != 0 ? std::error_code() : native_journal_file::last();
     }
     std::error_code sync_directory_of(const std::string&) override { return {}; }  // NTFS journals names itself
+    bool remote(const std::string& path) override {
+        const expected<std::wstring, std::error_code> w = wide(path);
+        std::wstring volume(w ? w->size() + 4 : 0, L'\0');
+        return w && GetVolumePathNameW(w->c_str(), volume.data(), static_cast<unsigned long>(volume.size())) != 0 && GetDriveTypeW(volume.c_str()) == 4;
+    }
 };
 #endif
 
@@ -9472,6 +9510,7 @@ struct journal_options {
     std::size_t compact_above = std::size_t{1} << 20;  // bytes; maintain() leaves smaller files alone
     std::uint64_t max_file = std::uint64_t{1} << (sizeof(std::size_t) > 4 ? 30 : 28);  // bytes: larger ones are neither read nor written
     journal_salvage salvage = journal_salvage::refuse;
+    bool allow_network = false;      // else a journal on NFS, SMB and the like is not opened: locks and syncs may not hold there
     duration lock_wait{};            // open() waits that long, blocking, for another opener to go
     manual_clock* time = nullptr;    // the store's clock; outlives the registry
     journal_files* files = nullptr;  // null: the file system; outlives the registry
@@ -9779,6 +9818,8 @@ class journal_core final : process_change_sink {
             if (!e) {
                 const expected<journal_file_identity, std::error_code> mine = (*f)->identity(), named = files_.stat(name);
                 if (!acceptable(mine)) return unexpected(io(mine ? std::make_error_code(std::errc::permission_denied) : mine.error()));
+                if (!options_.allow_network && files_.remote(name))
+                    return unexpected(process_error(process_errc::io, std::string("the journal is on a network file system (see allow_network)")));
                 if (named && mine->same_file(*named) && open_journals::get().add(*mine)) {
                     lock_ = std::move(*f);
                     lock_identity_ = *mine;
@@ -10119,8 +10160,8 @@ public:
 
 /// Processes in one append-only file; the whole state is in memory. One opener at a time: others get `locked`, in this
 /// process or another. Next to the file it keeps path + ".lock" (never removed), ".tmp" while it writes a new one, and
-/// ".torn-..." or ".salvage-..." with what open() had to cut off. Not for network file systems. The path is used as it is:
-/// relative ones follow the working directory.
+/// ".torn-..." or ".salvage-..." with what open() had to cut off. Network file systems are refused, as far as the system tells
+/// (allow_network). The path is used as it is: relative ones follow the working directory.
 ///
 /// Errors    io: the change was not made, or (after a failed sync) may be found made after the next open; report() says in which
 ///           state the journal is. invalid: a text is longer than max_record.

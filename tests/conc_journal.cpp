@@ -684,6 +684,32 @@ TEST_CASE("a journal that is opened again knows everything but the leases") {
     CHECK(get(s, r->prune(20s)) == 1);
 }
 
+TEST_CASE("a journal on a network file system is refused, before it is made, unless that is allowed") {
+    sim_disk disk;
+    disk.is_remote = true;
+    rtb::scheduler s;
+    rtb::journal_options o;
+    o.files = &disk;
+    const auto refused = journal_process_registry::open("j", o);
+    REQUIRE(!refused);
+    CHECK(refused.error() == process_errc::io);
+    CHECK(std::string_view(refused.error().what()).find("network") != std::string_view::npos);
+    CHECK(!disk.stat("j").has_value());
+    o.allow_network = true;
+    const auto r = journal_process_registry::open("j", o);
+    REQUIRE(r.has_value());
+    CHECK(get(s, (*r)->register_process(registration("a"))).id == "a");
+    disk.is_remote = false;
+    o.allow_network = false;
+    CHECK(journal_process_registry::open("j", o).error() == process_errc::locked);  // it has nothing left behind
+#if defined(__linux__)
+    CHECK(rtb::detail::is_network_file_system(0x6969));
+    CHECK(rtb::detail::is_network_file_system(0xff534d42));
+    for (const std::uint32_t local : {0xef53u /* ext4 */, 0x58465342u /* XFS */, 0x9123683eu /* btrfs */, 0x01021994u /* tmpfs */, 0x794c7630u /* overlay */})
+        CHECK(!rtb::detail::is_network_file_system(local));
+#endif
+}
+
 TEST_CASE("compaction keeps rows, fences and the floor of the pruned ones, and shrinks the file") {
     sim_disk d;
     rtb::manual_clock clock(rtb::time_point(1h));

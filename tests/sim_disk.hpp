@@ -171,6 +171,8 @@ private:
     }
 
 public:
+    bool is_remote = false;  // it says that it is another machine's
+
     sim_disk() {
         static std::uint64_t disks = 0;
         next_inode_ = ++disks << 32;  // no two files of two disks are the same
@@ -192,6 +194,7 @@ public:
         }
         return rtb::unexpected(p.error);
     }
+    bool remote(const std::string&) override { return is_remote; }
     rtb::expected<rtb::journal_file_identity, std::error_code> stat(const std::string& path) override {
         const plan p = enter("stat");
         if (p.error) return rtb::unexpected(p.error);
