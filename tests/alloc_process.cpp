@@ -17,6 +17,7 @@ int main() { return 77; }  // skipped
 
 #include "failing_allocator.hpp"
 #include "sim_disk.hpp"
+#include "throwing_callbacks.hpp"
 
 #include <algorithm>
 #include <chrono>
@@ -826,35 +827,6 @@ TEST_CASE("a body whose wait for another process had no memory still counts as o
 
 // ---- exceptions of what users write ----
 namespace {
-enum class thrown { standard, number, no_copy, no_memory };
-struct no_copy {
-    no_copy() = default;
-    no_copy(const no_copy&) { throw std::runtime_error("a copy of what is thrown throws"); }
-};
-/// Throws at the k-th tick.
-struct bomb {
-    int countdown = -1;
-    thrown what = thrown::standard;
-    bool hit = false;
-    void tick() {
-        if (countdown < 0 || countdown-- > 0) return;
-        hit = true;
-        switch (what) {
-            case thrown::standard: throw std::runtime_error(k_long_text);
-            case thrown::number: throw 42;
-            case thrown::no_copy: throw no_copy();
-            case thrown::no_memory: throw std::bad_alloc();
-        }
-    }
-};
-/// A user's value: copies and moves tick.
-struct delicate {
-    bomb* b;
-    explicit delicate(bomb* to) : b(to) {}
-    delicate(const delicate& o) : b(o.b) { b->tick(); }
-    delicate(delicate&& o) noexcept(false) : b(o.b) { b->tick(); }
-    delicate& operator=(const delicate&) = delete;
-};
 struct delicate_body {
     delicate copies;
     bomb* calls;
@@ -880,22 +852,6 @@ struct delicate_ear {
         calls->tick();
     }
 };
-/// scenario(round, k, what) until nothing is thrown, for each thing that may be thrown.
-template <class S> void every_throw(S scenario) {
-    for (const thrown what : {thrown::standard, thrown::number, thrown::no_copy, thrown::no_memory}) {
-        CAPTURE(static_cast<int>(what));
-        for (int k = 0;; ++k) {
-            REQUIRE(k < 200);
-            round_of r(0, reach::this_thread);
-            const long before = g_live.load();
-            const bool hit = scenario(r, k, what);
-            const long left = g_live.load() - before;
-            CHECK_MESSAGE(r.failures() == 0, "throw ", k, ": line ", r.line());
-            CHECK_MESSAGE(left == 0, "throw ", k, ": ", left, " blocks leaked");
-            if (!hit) break;
-        }
-    }
-}
 }  // namespace
 
 TEST_CASE("a copy or a move of a handler that throws makes no worker, or no difference") {
