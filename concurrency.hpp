@@ -3979,9 +3979,8 @@ template <class T> class oneshot_sender {
         s_->value.emplace(std::move(v));  // may throw: nothing has happened then
         state* s = std::exchange(s_, nullptr);
         if (s->leave(state::k_sent)) return {};
-        send_error<value> refused(channel_errc::closed, std::move(*s->value));
-        delete s;
-        return rtb::unexpected(std::move(refused));
+        const std::unique_ptr<state> mine(s);  // also if moving the value throws
+        return rtb::unexpected(send_error<value>(channel_errc::closed, std::move(*s->value)));
     }
     void close() noexcept {
         state* s = std::exchange(s_, nullptr);

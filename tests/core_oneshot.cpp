@@ -432,6 +432,34 @@ TEST_CASE("sends from threads reach waiting tasks, while some of the tasks are c
     CHECK(counted::live == 0);
 }
 
+TEST_CASE("a refused value that can't be moved back is destroyed all the same") {
+    struct counted {
+        int* alive;
+        int* moves_left;
+        counted(int* a, int* m) : alive(a), moves_left(m) { ++*alive; }
+        counted(counted&& o) noexcept(false) : alive(o.alive), moves_left(o.moves_left) {
+            if (--*moves_left < 0) throw std::runtime_error("move");
+            ++*alive;
+        }
+        ~counted() { --*alive; }
+    };
+    for (int moves = 0; moves < 10; ++moves) {
+        int alive = 0, left = moves;
+        {
+            auto ends = rtb::oneshot<counted>();
+            ends.second = {};  // nobody receives
+            try {
+                const auto sent = ends.first.send(counted(&alive, &left));
+                CHECK(!sent);
+                CHECK(sent.error() == rtb::channel_errc::closed);
+            } catch (const std::runtime_error&) {
+                CHECK(left < 0);
+            }
+        }
+        CHECK(alive == 0);
+    }
+}
+
 TEST_CASE("a sender dropped on a thread wakes tasks and threads alike") {
     rtb::scheduler_thread worker;
     for (int round = 0; round < 200; ++round) {
