@@ -4954,7 +4954,7 @@ protected:
 
 public:
     explicit arm_set(Arms&&... arms) : arms_(std::move(arms)...) {}
-    arm_set(arm_set&& o) noexcept : arm_owner(std::move(o)), arms_(std::move(o.arms_)) {}
+    arm_set(arm_set&& o) noexcept((std::is_nothrow_move_constructible_v<Arms> && ...)) : arm_owner(std::move(o)), arms_(std::move(o.arms_)) {}
     ~arm_set() {
         if (target_ == nullptr) return;
         if (chain_ != nullptr && chain_->arms == this) chain_->arms = nullptr;
@@ -5015,7 +5015,7 @@ public:
     using rtb_leaf = void;
     using base::base;
     using result = when_any_result<typename Arms::result...>;
-    any_leaf(any_leaf&& o) noexcept : base(std::move(o)) {}
+    any_leaf(any_leaf&& o) noexcept(std::is_nothrow_move_constructible_v<base>) : base(std::move(o)) {}
     bool ready(sched_core*) const noexcept { return false; }
     bool suspend(runnable* target) {
         base::begin(target);
@@ -5058,7 +5058,7 @@ public:
     using rtb_leaf = void;
     using base::base;
     using result = std::tuple<non_void<typename Arms::result>...>;
-    all_leaf(all_leaf&& o) noexcept : base(std::move(o)) {}
+    all_leaf(all_leaf&& o) noexcept(std::is_nothrow_move_constructible_v<base>) : base(std::move(o)) {}
     bool ready(sched_core*) const noexcept { return sizeof...(Arms) == 0; }
     bool suspend(runnable* target) {
         if (sizeof...(Arms) == 0) return false;
@@ -5095,7 +5095,7 @@ public:
     using rtb_leaf = void;
     using result = typename timeout_result<R>::type;
     timeout_leaf(Arm&& arm, duration d) : any_(std::move(arm), leaf_arm<sleep_leaf>(sleep_leaf(d))) {}
-    timeout_leaf(timeout_leaf&& o) noexcept : any_(std::move(o.any_)) {}
+    timeout_leaf(timeout_leaf&& o) noexcept(std::is_nothrow_move_constructible_v<Arm>) : any_(std::move(o.any_)) {}
     bool ready(sched_core*) const noexcept { return false; }
     bool suspend(runnable* target) { return any_.suspend(target); }
     result resume() {
