@@ -6029,8 +6029,11 @@ std::optional<std::tuple<P...>> arguments_from(const call_info& call, const Valu
     };
     std::tuple<std::optional<P>...> parts;
     (convert(I, &std::get<I>(parts)), ...);
-    if (error) return std::nullopt;
-    return std::tuple<P...>(std::move(*std::get<I>(parts))...);
+    std::optional<std::tuple<P...>> all;
+    if (error) return all;
+    RTB_DETAIL_TRY { all.emplace(std::move(*std::get<I>(parts))...); }
+    RTB_DETAIL_CATCH_ALL { error = thrown(call, "the move of an argument"); }
+    return all;
 }
 template <class Value, class R> Value result_to_value(R&& r) {
     using bare = std::remove_cvref_t<R>;
@@ -6369,17 +6372,31 @@ template <class Value> class call_host {
         std::optional<result> done_;
         interceptor_ptr ic_;
         std::optional<detail::all_leaf<detail::task_arm<result>>> slow_;
+        std::exception_ptr error_;  // of the start: as an arm, that is not called by the task that awaits
         bool begun_ = false;
 
-        bool begin() {
-            if (std::exchange(begun_, true)) return done_.has_value();
+        void start() {
             const call_info names = call_;
             call_ = host_->make_info(names.is_export, names.module, names.function, parent_);
             ic_ = host_->interceptor();
             function_base* f = host_->find(call_);
-            if (!ic_ && f == nullptr) done_.emplace(rtb::unexpected(host_->unknown(call_)));
-            if (!ic_ && f != nullptr && !f->is_async) done_.emplace(f->call(call_, input_));
-            return done_.has_value();
+            if (!ic_ && f == nullptr)
+                done_.emplace(rtb::unexpected(host_->unknown(call_)));
+            else if (!ic_ && !f->is_async)
+                done_.emplace(f->call(call_, input_));
+            else
+                slow_.emplace(detail::task_arm<result>(whole(host_, call_, input_, std::move(ic_))));
+        }
+        /// True: over already.
+        bool begin() {
+            if (!std::exchange(begun_, true)) {
+                RTB_DETAIL_TRY { start(); }
+                RTB_DETAIL_CATCH_ALL {
+                    error_ = std::current_exception();
+                    if (!error_) RTB_DETAIL_RETHROW;
+                }
+            }
+            return !slow_;
         }
 
     public:
@@ -6394,13 +6411,15 @@ template <class Value> class call_host {
             : host_(o.host_), call_(o.call_), input_(std::move(o.input_)), parent_(o.parent_) {}
         bool ready(detail::sched_core*) { return begin(); }
         bool suspend(detail::runnable* target) {
-            if (begin()) return false;
-            slow_.emplace(detail::task_arm<result>(whole(host_, call_, input_, std::move(ic_))));
-            return slow_->suspend(target);
+            return !begin() && slow_->suspend(target);
         }
+        bool failed() const noexcept { return error_ != nullptr || (slow_ && slow_->failed()); }
         detail::frame_base* live_chain() const noexcept { return slow_ ? slow_->live_chain() : nullptr; }
         result resume() {
             if (done_) return std::move(*done_);
+#if RTB_DETAIL_EXCEPTIONS
+            if (error_) std::rethrow_exception(std::move(error_));
+#endif
             return std::get<0>(slow_->resume());
         }
     };
@@ -6847,7 +6866,7 @@ template <class Value> class replay_interceptor : public call_interceptor<Value>
         this->fail(call, r.error ? *r.error : call_error(call_errc::closed, detail::call_name(call) + ": was not over when it was recorded"));
         co_return std::nullopt;
     }
-    task<void> over(const call_info& call, const Value* output) {
+    task<void> over(const call_info& call, const Value* output, std::exception_ptr cause = {}) {
         std::size_t i = k_none;
         {
             detail::port::unique_lock l(m_);
@@ -6857,7 +6876,7 @@ template <class Value> class replay_interceptor : public call_interceptor<Value>
         const call_record<Value>& r = *records_[i];
         const bool same = output != nullptr ? r.output && *r.output == *output : !r.output;
         if (!same)
-            this->fail(call, call_error(call_errc::diverged, detail::call_name(call) + ": ended otherwise than " + name_of(r, i)));
+            this->fail(call, call_error(call_errc::diverged, detail::call_name(call) + ": ended otherwise than " + name_of(r, i), std::move(cause)));
     }
 
 public:
@@ -6889,7 +6908,7 @@ public:
     task<std::optional<Value>> before_export(const call_info& call, const Value& input) override { return answer(call, input); }
     task<void> after_import(const call_info& call, const Value&, const Value& output) override { return over(call, &output); }
     task<void> after_export(const call_info& call, const Value&, const Value& output) override { return over(call, &output); }
-    task<void> on_failure(const call_info& call, const Value&, const call_error&) override { return over(call, nullptr); }
+    task<void> on_failure(const call_info& call, const Value&, const call_error& error) override { return over(call, nullptr, error.cause()); }
     /// Were all recorded calls made? `diverged` names the first that was not.
     expected<void, call_error> finish() const {
         detail::port::unique_lock l(m_);

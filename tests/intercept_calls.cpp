@@ -269,6 +269,20 @@ TEST_CASE("a conversion that throws fails the call, and the rest of it does not 
     }
 }
 
+TEST_CASE("an argument whose move throws fails the call") {
+    val_host h;
+    furnish(h);
+    h.module("bad").func("heavy", [](heavy) { return 1; }).func_async("heavy_async", [](heavy) -> task<int> { co_return 1; });
+    for (const char* f : {"heavy", "heavy_async"}) {
+        CAPTURE(f);
+        const call_outcome r = both(h, "bad", f, 1);
+        REQUIRE(!r);
+        CHECK(r.error() == call_errc::handler_failed);
+        CHECK(mentions(r.error(), "the move of an argument"));
+        CHECK_THROWS_AS(static_cast<void>(r.value()), std::runtime_error);
+    }
+}
+
 TEST_CASE("an exception of the function is an error value that carries it") {
     val_host h;
     furnish(h);

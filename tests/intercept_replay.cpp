@@ -407,6 +407,26 @@ TEST_CASE("an export runs, what it calls is answered, and its output is compared
     for (std::size_t i = 0; i < 3; ++i) CHECK(other[i].value() == val(first[i].value().as_number() + 1));
 }
 
+TEST_CASE("an export that throws in the replay and did not in the recording is diverged, with what it threw") {
+    const auto calls = [](bool fails, call_outcome& out) {
+        return [fails, &out](val_host& h) {
+            h.exports("run", [fails](int n) -> int {
+                if (fails) throw std::runtime_error("out of cheese");
+                return n;
+            });
+            out = h.call_export("run", 1);
+        };
+    };
+    call_outcome first = val(), again = val();
+    const auto log = record_run(calls(false, first));
+    CHECK(first.has_value());
+    replay_run(log, calls(true, again));
+    REQUIRE(!again);
+    CHECK(again.error() == call_errc::diverged);
+    CHECK(mentions(again.error(), "ended otherwise"));
+    CHECK_THROWS_WITH(static_cast<void>(again.value()), "out of cheese");
+}
+
 TEST_CASE("an export that the host does not have is answered, with what it called") {
     const auto log = record_run([](val_host& h) {
         h.exports("run", [&h](int n) { return static_cast<int>(h.call_import("m", "f", n).value().as_number()) * 2; });

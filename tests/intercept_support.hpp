@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <variant>
@@ -55,6 +56,14 @@ struct app_error {  // what func_result functions return
 struct picky {  // its conversion throws
     std::int64_t n = 0;
 };
+struct heavy {  // its second move throws
+    int moves = 0;
+    heavy() {}
+    heavy(heavy&& o) noexcept(false) : moves(o.moves + 1) {
+        if (moves > 1) throw std::runtime_error("too heavy");
+    }
+    heavy& operator=(heavy&&) = default;
+};
 
 template <> struct rtb::value_traits<val> {
     static val to_value(std::int64_t n) { return val(n); }
@@ -71,6 +80,8 @@ template <> struct rtb::value_traits<val> {
         } else if constexpr (std::is_same_v<T, picky>) {
             if (v.what() != val::number) throw 3;
             return picky{v.as_number()};
+        } else if constexpr (std::is_same_v<T, heavy>) {
+            return std::optional<heavy>(std::in_place);
         } else {
             static_assert(std::is_integral_v<T>);
             if (v.what() == val::number && std::in_range<T>(v.as_number())) return static_cast<T>(v.as_number());
