@@ -6495,7 +6495,7 @@ public:
     }
 };
 
-template <class T> std::size_t size_of_message(const T& v) noexcept {
+template <class T> std::size_t size_of_message(const T& v) {
     if constexpr (requires { sink_size(v); })
         return static_cast<std::size_t>(sink_size(v));
     else
@@ -7063,7 +7063,8 @@ public:
 ///           message that a successful flush covers survives what flush_durable() promises.
 /// Cancel    of the token, or of the last copy of this object: pushes are refused from then on, waiting ones included;
 ///           everything accepted is written, then flush_durable(), then close(). After close_timeout the rest is given up.
-/// Errors    push: overflow, closed, timed_out, would_deadlock, with the value; flush: the same, and `drain`.
+/// Errors    push: overflow, closed, timed_out, would_deadlock, with the value; flush: the same, and `drain`. What sink_size or a copy
+///           throws comes out of the push, and nothing was pushed.
 /// Allocates the queue when it is made; nothing per message.
 /// Threads   all members, any thread. Cost   one uncontended lock per push.
 template <class T> class background_sink {
