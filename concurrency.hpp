@@ -11434,9 +11434,9 @@ struct process_runner : immovable {
     worker* control = nullptr;    // own-thread mode
     worker* bodies = nullptr;
 
-    process_runner(process_run_handle& run, process_work_options options, const cancellation_token& token)
-        : o(std::move(options)), close_timeout(run.close_timeout()), name(o.name.empty() ? run.name() : o.name), stop(token.child_token()),
-          completions(run.completions()) {}
+    process_runner(process_run_handle& run, process_work_options options, const maybe_token& token)
+        : o(std::move(options)), close_timeout(run.close_timeout()), name(o.name.empty() ? run.name() : o.name),
+          stop(token ? token->child_token() : cancellation_token()), completions(run.completions()) {}
     ~process_runner() {
         for (worker* w : {control, bodies}) {
             if (w == nullptr) continue;
@@ -11714,7 +11714,7 @@ public:
 /// spawn_on  everything is tasks of that scheduler. A body that does not suspend keeps renewals waiting there: longer than
 ///           lease_ttl less the margin, and its lease is lost. Give such bodies a thread of their own by config.bodies.
 /// Errors    no run handle, or an interval that is not positive: std::invalid_argument; a thread that the system refuses:
-///           std::system_error. The try_ forms return them.
+///           std::system_error. The try_ forms return them, and not_enough_memory.
 class process_work_runner {
     using made = std::pair<process_work_poke, process_work_handle>;
     using maybe = expected<made, std::error_code>;
@@ -11723,9 +11723,21 @@ class process_work_runner {
     static bool works(const run_handle& run, const process_work_options& o) noexcept {
         return run != nullptr && o.poll_interval > duration::zero() && o.jitter >= duration::zero();
     }
-    static maybe make(scheduler* on, run_handle run, const cancellation_token& token, process_work_options options) {
+    static maybe make(scheduler* on, run_handle run, const detail::maybe_token& token, process_work_options options) {
         if (!works(run, options)) return rtb::unexpected(std::make_error_code(std::errc::invalid_argument));
         auto s = std::make_shared<detail::process_runner>(*run, std::move(options), token);
+        struct unmade : detail::immovable {  // what was started must not outlive a call that fails
+            detail::process_runner* s;
+            explicit unmade(detail::process_runner* of) noexcept : s(of) {}
+            ~unmade() {
+                if (s == nullptr) return;
+                for (detail::worker* w : {s->control, s->bodies}) {
+                    if (w == nullptr) continue;
+                    w->core()->request_stop();
+                    w->join();
+                }
+            }
+        } guard(s.get());
         if (on == nullptr) {
             if (const std::error_code e = start(s->control, s->name)) return rtb::unexpected(e);
             if (run->wants_bodies()) {
@@ -11736,6 +11748,7 @@ class process_work_runner {
         }
         auto loop = detail::process_runner::loop(detail::process_runner::end_guard(s), std::move(run));
         join_handle<> main = on->spawn(std::move(loop), spawn_options{"process runner"});
+        guard.s = nullptr;
         return made(process_work_poke(s), process_work_handle(s, std::move(main)));
     }
     static std::error_code start(detail::worker*& at, const std::string& name) {
@@ -11759,28 +11772,28 @@ class process_work_runner {
     }
 
 public:
-    static maybe try_spawn(run_handle run, cancellation_token token = {}, process_work_options options = {}) {
-        return make(nullptr, std::move(run), token, std::move(options));
+    static maybe try_spawn(run_handle run, const detail::maybe_token& token = std::nullopt, process_work_options options = {}) {
+        return detail::or_no_memory([&] { return make(nullptr, std::move(run), token, std::move(options)); });
     }
-    static maybe try_spawn(run_handle run, process_work_options options, cancellation_token token = {}) {
-        return make(nullptr, std::move(run), token, std::move(options));
+    static maybe try_spawn(run_handle run, process_work_options options, const detail::maybe_token& token = std::nullopt) {
+        return detail::or_no_memory([&] { return make(nullptr, std::move(run), token, std::move(options)); });
     }
-    static maybe try_spawn_on(scheduler& s, run_handle run, cancellation_token token = {}, process_work_options options = {}) {
-        return make(&s, std::move(run), token, std::move(options));
+    static maybe try_spawn_on(scheduler& s, run_handle run, const detail::maybe_token& token = std::nullopt, process_work_options options = {}) {
+        return detail::or_no_memory([&] { return make(&s, std::move(run), token, std::move(options)); });
     }
-    static maybe try_spawn_on(scheduler& s, run_handle run, process_work_options options, cancellation_token token = {}) {
-        return make(&s, std::move(run), token, std::move(options));
+    static maybe try_spawn_on(scheduler& s, run_handle run, process_work_options options, const detail::maybe_token& token = std::nullopt) {
+        return detail::or_no_memory([&] { return make(&s, std::move(run), token, std::move(options)); });
     }
-    static made spawn(run_handle run, cancellation_token token = {}, process_work_options options = {}) {
+    static made spawn(run_handle run, const detail::maybe_token& token = std::nullopt, process_work_options options = {}) {
         return or_throw(make(nullptr, std::move(run), token, std::move(options)));
     }
-    static made spawn(run_handle run, process_work_options options, cancellation_token token = {}) {
+    static made spawn(run_handle run, process_work_options options, const detail::maybe_token& token = std::nullopt) {
         return or_throw(make(nullptr, std::move(run), token, std::move(options)));
     }
-    static made spawn_on(scheduler& s, run_handle run, cancellation_token token = {}, process_work_options options = {}) {
+    static made spawn_on(scheduler& s, run_handle run, const detail::maybe_token& token = std::nullopt, process_work_options options = {}) {
         return or_throw(make(&s, std::move(run), token, std::move(options)));
     }
-    static made spawn_on(scheduler& s, run_handle run, process_work_options options, cancellation_token token = {}) {
+    static made spawn_on(scheduler& s, run_handle run, process_work_options options, const detail::maybe_token& token = std::nullopt) {
         return or_throw(make(&s, std::move(run), token, std::move(options)));
     }
 };

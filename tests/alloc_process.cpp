@@ -596,13 +596,32 @@ TEST_CASE("a runner that can't be made leaves nothing behind, and can be made af
             auto m = rtb::process_work_runner::try_spawn_on(w.s, handle);
             if (m) made.emplace(std::move(*m));
         });
-        r.expect((ok && made) || r.hit());
+        r.expect(ok && (made || r.hit()));  // a try_ form: no memory is a value
         r.expect(made.has_value() || l.of[0].starts == 0);
         if (!made) made.emplace(rtb::process_work_runner::spawn_on(w.s, handle));
         w.run(15s);
         r.expect(w.get("a")->status == process_status::completed && l.of[0].starts == 1);
         expect_clean_stop(r, w, *made);
     });
+}
+
+TEST_CASE("a runner with threads of its own that has no memory says so as a value, and leaves no thread behind") {
+    CHECK(every_failure([](round_of& r) {
+              rtb::durable_process_worker_config c;
+              c.registry = std::make_shared<rtb::memory_process_registry>();
+              ledger l;
+              c.handler = body_of{&l};
+              const auto handle = std::make_shared<rtb::inline_process_run_handle>(std::move(c));
+              std::optional<runner> made;
+              const bool ok = r.armed([&] {
+                  auto m = rtb::process_work_runner::try_spawn(handle);
+                  if (m)
+                      made.emplace(std::move(*m));
+                  else
+                      r.expect(m.error() == std::errc::not_enough_memory);
+              });
+              r.expect(ok && made.has_value() == !r.hit());
+          }) >= 8);
 }
 
 TEST_CASE("a runner that runs out of memory goes on, and its rows end once") {
