@@ -9,7 +9,7 @@ in one of these modes:
   plain    as it is
   one      pinned to one CPU
   stops    SIGSTOP and SIGCONT at random moments
-  quota    20 % of a CPU (cgroup v2, as root; skipped otherwise)
+  quota    20 % of a CPU (a control group, as root; skipped otherwise)
   busy     with two processes that burn CPU beside it
 Exit code 0: everything passed. A failure prints mode, program and seed, with which it can be repeated.
 SPDX-License-Identifier: MIT
@@ -26,7 +26,9 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-CGROUP = pathlib.Path("/sys/fs/cgroup/rtb_long_run")
+# Version 2, and 1. Only a directory in a real control group has these files from the beginning.
+CGROUPS = [(pathlib.Path("/sys/fs/cgroup/rtb_long_run"), {"cpu.max": "20000 100000"}),
+           (pathlib.Path("/sys/fs/cgroup/cpu/rtb_long_run"), {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "20000"})]
 
 
 def build(cxx: str, sanitize: str, folder: pathlib.Path) -> list:
@@ -49,13 +51,17 @@ def build(cxx: str, sanitize: str, folder: pathlib.Path) -> list:
 
 
 def quota(pid: int) -> bool:
-    try:
-        CGROUP.mkdir(exist_ok=True)
-        (CGROUP / "cpu.max").write_text("20000 100000")
-        (CGROUP / "cgroup.procs").write_text(str(pid))
-    except OSError:
-        return False
-    return True
+    for group, settings in CGROUPS:
+        try:
+            group.mkdir(exist_ok=True)
+            if all((group / name).exists() for name in [*settings, "cgroup.procs"]):
+                for name, value in {**settings, "cgroup.procs": str(pid)}.items():
+                    (group / name).write_text(value)
+                return True
+            group.rmdir()
+        except OSError:
+            pass
+    return False
 
 
 def run(program: pathlib.Path, arguments: list, mode: str, rng: random.Random, log, patience: float) -> "int | None":
@@ -122,8 +128,11 @@ def main() -> int:
                     return 1
                 else:
                     counts[mode] = counts.get(mode, 0) + 1
-    if CGROUP.exists():
-        CGROUP.rmdir()
+    for group, _ in CGROUPS:
+        try:
+            group.rmdir()
+        except OSError:
+            pass
     print(", ".join(f"{mode} {n}" for mode, n in sorted(counts.items())) + " runs passed")
     return 0 if counts else 1
 
