@@ -6016,6 +6016,11 @@ template <class Text> void log_about(log_level level, const char* kind, const st
 
 // ---- starting ----
 using maybe_token = std::optional<cancellation_token>;
+/// As a default argument. (About a temporary one g++ 12 at -O2 warns in the code of users: maybe uninitialized.)
+inline const maybe_token& no_token() noexcept {
+    static const maybe_token none;
+    return none;
+}
 
 /// A worker thread until somebody takes it over.
 class own_worker : immovable {
@@ -7157,7 +7162,7 @@ public:
 
     /// On a thread of its own. Throws std::invalid_argument for a configuration that can't work, std::system_error if the
     /// system refuses the thread. Token and configuration are optional and come in either order.
-    template <class Drain> static started spawn(Drain drain, background_sink_config config = {}, const detail::maybe_token& token = std::nullopt) {
+    template <class Drain> static started spawn(Drain drain, background_sink_config config = {}, const detail::maybe_token& token = detail::no_token()) {
         return or_throw(start(nullptr, std::move(drain), std::move(config), token));
     }
     template <class Drain, std::same_as<cancellation_token> Token> static started spawn(Drain drain, Token token, background_sink_config config = {}) {
@@ -7166,7 +7171,7 @@ public:
     /// On a scheduler that is shared: many on one thread, or under a manual clock. When the scheduler goes, the
     /// sink is closed, and what it had not written is abandoned.
     template <class Drain>
-    static started spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {}, const detail::maybe_token& token = std::nullopt) {
+    static started spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {}, const detail::maybe_token& token = detail::no_token()) {
         return or_throw(start(&on, std::move(drain), std::move(config), token));
     }
     template <class Drain, std::same_as<cancellation_token> Token>
@@ -7175,7 +7180,7 @@ public:
     }
     /// With the error as a value.
     template <class Drain>
-    static expected<started, std::error_code> try_spawn(Drain drain, background_sink_config config = {}, const detail::maybe_token& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn(Drain drain, background_sink_config config = {}, const detail::maybe_token& token = detail::no_token()) {
         return detail::or_no_memory([&] { return start(nullptr, std::move(drain), std::move(config), token); });
     }
     template <class Drain, std::same_as<cancellation_token> Token>
@@ -7184,7 +7189,7 @@ public:
     }
     template <class Drain>
     static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Drain drain, background_sink_config config = {},
-                                                           const detail::maybe_token& token = std::nullopt) {
+                                                           const detail::maybe_token& token = detail::no_token()) {
         return detail::or_no_memory([&] { return start(&on, std::move(drain), std::move(config), token); });
     }
     template <class Drain, std::same_as<cancellation_token> Token>
@@ -7480,7 +7485,7 @@ public:
 
     /// On a thread of its own. Token and options are optional and come in either order.
     template <class Task>
-    static started spawn(Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = std::nullopt) {
+    static started spawn(Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = detail::no_token()) {
         return or_throw(start(nullptr, std::move(t), every, std::move(options), token));
     }
     template <class Task, std::same_as<cancellation_token> Token>
@@ -7489,7 +7494,7 @@ public:
     }
     /// On a scheduler that is shared, or under a manual clock. When it goes, the worker is over, without shutdown().
     template <class Task>
-    static started spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = std::nullopt) {
+    static started spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = detail::no_token()) {
         return or_throw(start(&on, std::move(t), every, std::move(options), token));
     }
     template <class Task, std::same_as<cancellation_token> Token>
@@ -7498,7 +7503,7 @@ public:
     }
     /// With the error as a value.
     template <class Task>
-    static expected<started, std::error_code> try_spawn(Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn(Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = detail::no_token()) {
         return detail::or_no_memory([&] { return start(nullptr, std::move(t), every, std::move(options), token); });
     }
     template <class Task, std::same_as<cancellation_token> Token>
@@ -7506,7 +7511,7 @@ public:
         return detail::or_no_memory([&] { return start(nullptr, std::move(t), every, std::move(options), token); });
     }
     template <class Task>
-    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, Task t, duration every, periodic_options options = {}, const detail::maybe_token& token = detail::no_token()) {
         return detail::or_no_memory([&] { return start(&on, std::move(t), every, std::move(options), token); });
     }
     template <class Task, std::same_as<cancellation_token> Token>
@@ -8048,7 +8053,7 @@ public:
     /// configuration that can't work, std::system_error if the system refuses the thread. Token and configuration are optional
     /// and come in either order.
     template <class From>
-    static started spawn(From from, actor_config config = {}, const detail::maybe_token& token = std::nullopt) {
+    static started spawn(From from, actor_config config = {}, const detail::maybe_token& token = detail::no_token()) {
         return or_throw(start(nullptr, std::move(from), std::move(config), token));
     }
     template <class From, std::same_as<cancellation_token> Token>
@@ -8057,7 +8062,7 @@ public:
     }
     /// On a scheduler that is shared, or under a manual clock. When it goes, the actor is over, without on_shutdown.
     template <class From>
-    static started spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const detail::maybe_token& token = std::nullopt) {
+    static started spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const detail::maybe_token& token = detail::no_token()) {
         return or_throw(start(&on, std::move(from), std::move(config), token));
     }
     template <class From, std::same_as<cancellation_token> Token>
@@ -8066,7 +8071,7 @@ public:
     }
     /// With the error as a value.
     template <class From>
-    static expected<started, std::error_code> try_spawn(From from, actor_config config = {}, const detail::maybe_token& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn(From from, actor_config config = {}, const detail::maybe_token& token = detail::no_token()) {
         return detail::or_no_memory([&] { return start(nullptr, std::move(from), std::move(config), token); });
     }
     template <class From, std::same_as<cancellation_token> Token>
@@ -8074,7 +8079,7 @@ public:
         return detail::or_no_memory([&] { return start(nullptr, std::move(from), std::move(config), token); });
     }
     template <class From>
-    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const detail::maybe_token& token = std::nullopt) {
+    static expected<started, std::error_code> try_spawn_on(rtb::scheduler& on, From from, actor_config config = {}, const detail::maybe_token& token = detail::no_token()) {
         return detail::or_no_memory([&] { return start(&on, std::move(from), std::move(config), token); });
     }
     template <class From, std::same_as<cancellation_token> Token>
@@ -11772,28 +11777,28 @@ class process_work_runner {
     }
 
 public:
-    static maybe try_spawn(run_handle run, const detail::maybe_token& token = std::nullopt, process_work_options options = {}) {
+    static maybe try_spawn(run_handle run, const detail::maybe_token& token = detail::no_token(), process_work_options options = {}) {
         return detail::or_no_memory([&] { return make(nullptr, std::move(run), token, std::move(options)); });
     }
-    static maybe try_spawn(run_handle run, process_work_options options, const detail::maybe_token& token = std::nullopt) {
+    static maybe try_spawn(run_handle run, process_work_options options, const detail::maybe_token& token = detail::no_token()) {
         return detail::or_no_memory([&] { return make(nullptr, std::move(run), token, std::move(options)); });
     }
-    static maybe try_spawn_on(scheduler& s, run_handle run, const detail::maybe_token& token = std::nullopt, process_work_options options = {}) {
+    static maybe try_spawn_on(scheduler& s, run_handle run, const detail::maybe_token& token = detail::no_token(), process_work_options options = {}) {
         return detail::or_no_memory([&] { return make(&s, std::move(run), token, std::move(options)); });
     }
-    static maybe try_spawn_on(scheduler& s, run_handle run, process_work_options options, const detail::maybe_token& token = std::nullopt) {
+    static maybe try_spawn_on(scheduler& s, run_handle run, process_work_options options, const detail::maybe_token& token = detail::no_token()) {
         return detail::or_no_memory([&] { return make(&s, std::move(run), token, std::move(options)); });
     }
-    static made spawn(run_handle run, const detail::maybe_token& token = std::nullopt, process_work_options options = {}) {
+    static made spawn(run_handle run, const detail::maybe_token& token = detail::no_token(), process_work_options options = {}) {
         return or_throw(make(nullptr, std::move(run), token, std::move(options)));
     }
-    static made spawn(run_handle run, process_work_options options, const detail::maybe_token& token = std::nullopt) {
+    static made spawn(run_handle run, process_work_options options, const detail::maybe_token& token = detail::no_token()) {
         return or_throw(make(nullptr, std::move(run), token, std::move(options)));
     }
-    static made spawn_on(scheduler& s, run_handle run, const detail::maybe_token& token = std::nullopt, process_work_options options = {}) {
+    static made spawn_on(scheduler& s, run_handle run, const detail::maybe_token& token = detail::no_token(), process_work_options options = {}) {
         return or_throw(make(&s, std::move(run), token, std::move(options)));
     }
-    static made spawn_on(scheduler& s, run_handle run, process_work_options options, const detail::maybe_token& token = std::nullopt) {
+    static made spawn_on(scheduler& s, run_handle run, process_work_options options, const detail::maybe_token& token = detail::no_token()) {
         return or_throw(make(&s, std::move(run), token, std::move(options)));
     }
 };

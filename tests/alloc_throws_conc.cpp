@@ -375,25 +375,24 @@ TEST_CASE("a periodic task whose copy or move throws starts no worker") {
         task<> operator()() const { co_return; }
     };
     using worker = rtb::periodic_worker;
-    const rtb::cancellation_token token;
     expect_started_or_not(
-        [&token](world& w, bomb* b) {
+        [](world& w, bomb* b) {
             const copied_task t{delicate(b)};
-            static_cast<void>(worker::spawn_on(w.s, t, 1s, token));
+            static_cast<void>(worker::spawn_on(w.s, t, 1s));
         },
-        [&token](world& w, bomb* b) {
+        [](world& w, bomb* b) {
             const copied_task t{delicate(b)};
-            const auto made = worker::try_spawn_on(w.s, t, 1s, token);
+            const auto made = worker::try_spawn_on(w.s, t, 1s);
             return made ? std::error_code() : made.error();
         });
     expect_started_or_not(
-        [&token](world&, bomb* b) {
+        [](world&, bomb* b) {
             const copied_task t{delicate(b)};
-            static_cast<void>(worker::spawn(t, 1s, token));
+            static_cast<void>(worker::spawn(t, 1s));
         },
-        [&token](world&, bomb* b) {
+        [](world&, bomb* b) {
             const copied_task t{delicate(b)};
-            const auto made = worker::try_spawn(t, 1s, token);
+            const auto made = worker::try_spawn(t, 1s);
             return made ? std::error_code() : made.error();
         });
 }

@@ -12,8 +12,10 @@ int main() {
 #else
 #    include <atomic>
 #    include <cerrno>
+#    include <condition_variable>
 #    include <csignal>
 #    include <memory>
+#    include <mutex>
 #    include <string>
 #    include <sys/wait.h>
 #    include <thread>
