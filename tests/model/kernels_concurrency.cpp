@@ -366,6 +366,106 @@ void waiting_sends() {
     MC_REQUIRE(w.sum == 3 && w.alive == 0);
 }
 
+// ---- 4. the same from tasks ----
+using push_result = rtb::expected<void, rtb::push_error<message>>;
+rtb::task<int> push_flush_join(sink_of* sink, rtb::background_sink_handle* handle, int* alive) {
+    for (int i = 1; i <= 2; ++i) {
+        message m(i, alive);
+        push_result r = co_await sink->push(std::move(m));
+        MC_REQUIRE(r);
+    }
+    auto flushed = co_await sink->flush();
+    MC_REQUIRE(flushed);
+    handle->cancel();
+    auto joining = handle->join();
+    auto report = co_await joining;
+    MC_REQUIRE(report && report->written == 2);
+    co_return 1;
+}
+void task_pushes_flushes_and_joins() {
+    seen s;
+    auto started = sink_of::spawn(drain{&s}, small(1, 1, rtb::overflow::block));
+    rtb::scheduler own(rtb::scheduler_options{.spin = {}});
+    auto r = own.block_on(push_flush_join(&started.first, &started.second, &s.alive));
+    MC_REQUIRE(r && *r == 1 && started.second.done());
+    MC_REQUIRE(s.sum.get() == 12 && s.alive == 0);
+}
+rtb::task<int> push_and_flush_in_time(sink_of* sink, int* alive) {
+    int pushed = 0;
+    for (int i = 1; i <= 2; ++i) {
+        message m(i, alive);
+        push_result r = co_await sink->push_for(milliseconds(1), std::move(m));
+        if (r) ++pushed;
+        else MC_REQUIRE(r.error() == rtb::sink_errc::timed_out || r.error() == rtb::sink_errc::closed);
+    }
+    auto flushed = co_await sink->flush_for(milliseconds(1));
+    if (!flushed) MC_REQUIRE(flushed.error() == rtb::sink_errc::timed_out || flushed.error() == rtb::sink_errc::closed);
+    co_return pushed;
+}
+void task_with_limits() {
+    seen s;
+    int pushed = 0;
+    {
+        auto [sink, handle] = sink_of::spawn(drain{&s}, small(1, 1, rtb::overflow::block));
+        rtb::scheduler own(rtb::scheduler_options{.spin = {}});
+        auto r = own.block_on(push_and_flush_in_time(&sink, &s.alive));
+        MC_REQUIRE(r);
+        pushed = *r;
+        static_cast<void>(MC_EITHER(pushed == 2));
+    }
+    MC_REQUIRE(s.messages.get() == pushed && s.alive == 0);
+}
+void tasks_of_a_closing_sink() {
+    seen s;
+    rtb::scheduler own(rtb::scheduler_options{.spin = {}});
+    auto started = sink_of::spawn_on(own, drain{&s}, small(1, 1, rtb::overflow::block));
+    auto h = own.spawn(push_and_flush_in_time(&started.first, &s.alive));
+    thread closer("closer", [&] {
+        started.second.cancel();
+        h.cancel();
+        const auto r = h.wait();
+        if (MC_EITHER(r)) MC_REQUIRE(*r <= 2);
+        own.stop();
+    });
+    own.run();
+    closer.join();
+    MC_REQUIRE(started.second.wait());
+    MC_REQUIRE(s.alive == 0);
+}
+void joined_for_a_while() {
+    seen s;
+    auto started = sink_of::spawn(drain{&s}, small(1, 1));
+    MC_REQUIRE(started.second.wait_for(milliseconds(1)).error() == rtb::join_errc::timed_out);
+    started.second.cancel();
+    MC_REQUIRE(started.second.wait());
+}
+void full_in_between() {  // a push that is refused for want of room makes the worker begin
+    seen s;
+    rtb::background_sink_config c = small(1, 1, rtb::overflow::drop_oldest);
+    c.queue_capacity = 1, c.batch_size = 1;
+    auto [sink, handle] = sink_of::spawn(drain{&s}, c);
+    thread other("producer", [&] { MC_REQUIRE(sink.try_push(message(1, &s.alive))); });
+    MC_REQUIRE(sink.try_push(message(2, &s.alive)));
+    other.join();
+    handle.cancel();
+    const auto report = handle.wait();
+    MC_REQUIRE(report->written + sink.dropped() == 2 && s.alive == 0);
+}
+void ask_from_a_task() {
+    actor_world w;
+    {
+        auto [actor, handle] = actor_of::spawn(answering{&w.sum, &w.ends}, mailbox(1, rtb::queued_on_stop::run));
+        rtb::scheduler own(rtb::scheduler_options{.spin = {}});
+        auto asks = [&w, a = &actor]() -> rtb::task<int> {
+            auto r = a->ask_blocking<int>([&](rtb::oneshot_sender<int> tx) { return question{message(7, &w.alive), std::move(tx)}; });
+            co_return r ? *r : -1;
+        };
+        const auto r = own.block_on(asks);
+        MC_REQUIRE(r && *r == 7);
+    }
+    MC_REQUIRE(w.ends.get() == 1 && w.alive == 0);
+}
+
 constexpr kernel k_kernels[] = {
     {"sink: push and flush", push_and_flush, 2},
     {"sink: a push is written without a flush", push_written_without_a_flush, 2},
@@ -390,6 +490,12 @@ constexpr kernel k_kernels[] = {
     {"actor: an asker gives up", asker_gives_up, 2},
     {"actor: the last handle against the actor", the_last_handle_against_the_actor, 2},
     {"actor: waiting sends", waiting_sends, 2},
+    {"sink: a task pushes, flushes and joins", task_pushes_flushes_and_joins, 2},
+    {"sink: a task with limits", task_with_limits, 2},
+    {"sink: a task against close", tasks_of_a_closing_sink, 2},
+    {"sink: joined for a while", joined_for_a_while, 2},
+    {"sink: full in between", full_in_between, 2},
+    {"actor: asked by a task that blocks", ask_from_a_task, 2},
 };
 }  // namespace
 

@@ -142,6 +142,15 @@ inline void* g_main_fake_stack = nullptr;
 
 inline constexpr std::uint64_t k_forever = ~std::uint64_t{0};
 
+// ---- mutants: mutants.py puts these calls into a copy of the headers; the environment says which mutant is to be ----
+inline const int g_mutant = std::getenv("MC_MUTANT") != nullptr ? std::atoi(std::getenv("MC_MUTANT")) : 0;
+inline unsigned char g_reached[4096];
+MC_UNTRACKED inline bool mutant(int n) {
+    g_reached[n] = 1;
+    return n == g_mutant;
+}
+MC_UNTRACKED inline std::memory_order order(int n, std::memory_order o) { return mutant(n) ? std::memory_order_relaxed : o; }
+
 struct granule {  // shadow of 8 bytes
     std::uintptr_t address;
     std::uint64_t execution;
@@ -855,23 +864,26 @@ public:
 
 class unique_lock {
     mutex* m_;
-    bool owns_ = false;
+    bool owns_ = false, left_out_ = false;
     const char* file_;
     unsigned line_;
     friend class condition_variable;
 
 public:
     explicit unique_lock(mutex& m, MC_AT) : m_(&m), file_(file), line_(line) { lock(file, line); }
+    unique_lock(mutex& m, bool left_out, MC_AT) : m_(&m), left_out_(left_out), file_(file), line_(line) { lock(file, line); }
     unique_lock(const unique_lock&) = delete;
     unique_lock& operator=(const unique_lock&) = delete;
     ~unique_lock() {
         if (owns_) m_->unlock(file_, line_);
     }
     void lock(MC_AT) {
+        if (left_out_) return;
         m_->lock(file, line);
         owns_ = true;
     }
     void unlock(MC_AT) {
+        if (left_out_) return;
         m_->unlock(file, line);
         owns_ = false;
     }
@@ -1180,6 +1192,13 @@ MC_UNTRACKED int __tsan_atomic32_fetch_add(volatile int* a, int v, int) {
     const int before = *a;
     *a = before + v;
     return before;
+}
+MC_UNTRACKED int __tsan_atomic32_compare_exchange_weak(volatile int* a, int* expected, int v, int, int) {
+    if (*a == *expected) return *a = v, 1;
+    return *expected = *a, 0;
+}
+MC_UNTRACKED int __tsan_atomic32_compare_exchange_strong(volatile int* a, int* expected, int v, int o, int failure) {
+    return __tsan_atomic32_compare_exchange_weak(a, expected, v, o, failure);
 }
 MC_UNTRACKED void __tsan_init() {}
 MC_UNTRACKED void __tsan_func_entry(void*) {}

@@ -1,120 +1,382 @@
 #!/usr/bin/env python3
-"""Proves that the kernels can fail: breaks one line of the header at a time and expects the named kernel to notice.
+"""Proves that the tests of the synchronisation can fail: breaks one place of the headers at a time, and some kernel has to
+notice. The mutants are made from the headers' text: each notify and wake-up left out, each wait without its loop, each memory
+order relaxed, each lock left out, each look under a lock left out, each link of a queue left out; and some by hand.
 
-Usage: mutants.py [--cxx g++] [--only NAME] [--list]     Exit code 0: every mutant was found.
+All of them are compiled into one program per kernel file, with sites like `mc::mutant(17)`; the environment says which one to
+be. A first run sees which kernels reach which site; a mutant is tried on those only: quickly, then with race detection on all
+memory, then at full length. Survivors have to be in EQUIVALENT, with the reason.
+
+Usage: mutants.py [--cxx g++] [--only TEXT] [--list] [--jobs 2] [--keep DIR] [--quick]
+       --only      mutants whose line in the table holds TEXT
+       --keep      builds in DIR, and uses what is there
+       --quick     nothing at full length: may leave survivors
+Exit code 0: nothing survived, and no entry of a list here is stale. Takes a quarter of an hour; not part of the ordinary tests.
 SPDX-License-Identifier: MIT
 """
 import argparse
+import concurrent.futures
+import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+HEADERS = ["runtime_bridge.hpp", "concurrency.hpp"]
+PROGRAMS = ["kernels", "kernels_tasks", "kernels_concurrency", "kernels_process"]  # cheap ones first
 
-# name, kernel that must fail, text before the place (or ""), what is replaced, by what
-BRIDGE = [
-    ("park without a look at stop", "stop against park", "void sched_core::park(",
-     "if (inbox_flag.load(std::memory_order_relaxed) || stopping()) return;", "if (inbox_flag.load(std::memory_order_relaxed)) return;"),
-    ("park without a look at the inbox", "post is run", "void sched_core::park(",
-     "if (inbox_flag.load(std::memory_order_relaxed) || stopping()) return;", "if (stopping()) return;"),
-    ("a wake-up without notify", "submit against park", "void wake_loop_locked(", "cv.notify_one();", "static_cast<void>(0);"),
-    ("an answer without notify", "join against completion", "void blocker::set(", "cv_.notify_one();", ""),
-    ("an answer that is published relaxed", "oneshot: send against a timeout", "bool leave(unsigned how)",
-     "f | how | k_left, std::memory_order_acq_rel", "f | how | k_left, std::memory_order_relaxed"),
-    ("a blocker that is set relaxed", "oneshot: send against wait", "void blocker::set(",
-     "state_.exchange(done, std::memory_order_acq_rel)", "state_.exchange(done, std::memory_order_relaxed)"),
-    ("completion that is published relaxed", "join against completion", "void sched_core::publish(",
-     "s | frame_base::k_done | frame_base::k_released, std::memory_order_acq_rel", "s | frame_base::k_done | frame_base::k_released, std::memory_order_relaxed"),
-    ("a joiner that does not look again", "join against completion", "bool register_joiner(",
-     "& frame_base::k_done) != 0) {", "& 0u) != 0) {"),
-    ("a receiver that does not look again", "oneshot: send against wait", "bool register_waiter(",
-     "& (k_sent | k_closed)) == 0) return true;", "& 0u) == 0) return true;"),
-    ("a sender that does not look for the receiver's end", "oneshot: send against a drop", "bool leave(unsigned how)",
-     "return (f & k_receiver_gone) == 0;", "return true;"),
-    ("a free slot that nobody is told of", "channel of one", "void popped_locked(", "if (!sends.empty()) grant_locked();", ""),
-    ("close without waking senders", "channel: close against send", "void close_locked(",
-     "while (sender_wait* w = sends.pop_front()) wake(w->target);", ""),
-    ("cancel without a look at done", "two cancels and a drop", "void sched_core::request_cancel(",
-     "if ((root->state.load(std::memory_order_acquire) & frame_base::k_done) != 0) return;", ""),
-    ("a registration that does not wait for its callback", "token: cancel against registration", "~cancel_registration()",
-     "while (s_->running == this) s_->cv.wait(l);", "static_cast<void>(0);"),
-    ("a dying child token that is taken", "token: cancel against child", "bool try_ref()", "while (n != 0)", "for (;;)"),
-    ("two that give up at once", "a cycle of two workers", "bool publish_edge(", "port::unique_lock one_at_a_time(detect_mutex());", ""),
-    ("time that wakes nobody", "manual clock: advance against park", "void manual_clock::advance(", "wake_all();", ""),
-    ("a drain that is not told of a timeout", "join with a limit against drain", "void one_external_less(",
-     "if (draining.load(std::memory_order_relaxed)) wake_loop_locked();", ""),
-    ("a drain that waits for nobody", "block_on against drain", "// sync: acquire pairs with the release in shutdown()",
-     "external.load(std::memory_order_relaxed) == 0", "true"),
+# By hand: name, text before the place, what is replaced, by what, where MUTANT is true if it is this one.
+BY_HAND = [
+    ("park without a look at stop", "void sched_core::park(", "stopping()) return;", "(!MUTANT && stopping())) return;"),
+    ("park without a look at the inbox", "void sched_core::park(", "inbox_flag.load(std::memory_order_relaxed) ||",
+     "(!MUTANT && inbox_flag.load(std::memory_order_relaxed)) ||"),
+    ("a joiner that does not look again", "bool register_joiner(", "& frame_base::k_done) != 0) {", "& (MUTANT ? 0u : frame_base::k_done)) != 0) {"),
+    ("a receiver that does not look again", "bool register_waiter(", "& (k_sent | k_closed)) == 0) return true;",
+     "& (MUTANT ? 0u : (k_sent | k_closed))) == 0) return true;"),
+    ("a sender that does not look for the receiver's end", "bool leave(unsigned how)", "return (f & k_receiver_gone) == 0;",
+     "return MUTANT || (f & k_receiver_gone) == 0;"),
+    ("a sender that does not look for a waiter", "bool leave(unsigned how)", "while ((f & k_waiting) == 0)", "while (MUTANT || (f & k_waiting) == 0)"),
+    ("cancel without a look at done", "void sched_core::request_cancel(",
+     "if ((root->state.load(std::memory_order_acquire) & frame_base::k_done) != 0) return;",
+     "if (!MUTANT && (root->state.load(std::memory_order_acquire) & frame_base::k_done) != 0) return;"),
+    ("a registration that does not wait for its callback", "~cancel_registration()", "while (s_->running == this)", "while (!MUTANT && s_->running == this)"),
+    ("a registration that waits for itself", "~cancel_registration()", "(s_->running_on != port::this_thread_id())",
+     "(MUTANT || s_->running_on != port::this_thread_id())"),
+    ("a registration that does not look for the end", "cancel_registration(cancel_state* s, F f)", "if (!s_->cancelled.load(std::memory_order_relaxed)) {",
+     "if (MUTANT || !s_->cancelled.load(std::memory_order_relaxed)) {"),
+    ("a child that does not look for the end", "cancellation_token child_token() const", "if (is_cancelled()) {", "if (!MUTANT && is_cancelled()) {"),
+    ("a second cancel that does it again", "static void cancel(cancel_state* s)", "if (!s->cancelled.load(std::memory_order_relaxed)) {",
+     "if (MUTANT || !s->cancelled.load(std::memory_order_relaxed)) {"),
+    ("a dying child token that is taken", "bool try_ref()", "while (n != 0)", "while (MUTANT || n != 0)"),
+    ("an edge for a wait that is over", "inline bool publish_edge(", "if (registered != nullptr && registered->answered) return true;",
+     "if (!MUTANT && registered != nullptr && registered->answered) return true;"),
+    ("a cycle that did not stand still", "inline bool publish_edge(", "if (first == second) break;", "if (MUTANT || first == second) break;"),
+    ("an answer that leaves its edge", "inline void blocker::set()", "edge_of->edge_to = nullptr;", "if (!MUTANT) edge_of->edge_to = nullptr;"),
+    ("a parked thread that is not told", "inline void blocker::set()", "woken_ = true;", "woken_ = !MUTANT;"),
+    ("a drain that waits for nobody", "// sync: acquire pairs with the release in shutdown()", "external.load(std::memory_order_relaxed) == 0",
+     "(MUTANT || external.load(std::memory_order_relaxed) == 0)"),
+    ("a drain that leaves what it accepted", "// sync: acquire pairs with the release in shutdown()", "!inbox_flag.load(std::memory_order_acquire))",
+     "(MUTANT || !inbox_flag.load(std::memory_order_acquire)))"),
+    ("a runnable that is in the inbox twice", "void enqueue_locked(", "if (!r->in_inbox) {", "if (MUTANT || !r->in_inbox) {"),
+    ("an inbox of one", "void enqueue_locked(", "(inbox_tail != nullptr ? inbox_tail->inbox_next : inbox_head) = r;",
+     "(!MUTANT && inbox_tail != nullptr ? inbox_tail->inbox_next : inbox_head) = r;"),
+    ("a runnable that stays queued when it is forgotten", "void forget(runnable* r)", "else if (r->in_inbox)", "else if (!MUTANT && r->in_inbox)"),
+    ("a root that is forgotten with its cancel under way", "void forget(runnable* r)", "if (r->in_inbox) drain_locked();", "if (!MUTANT && r->in_inbox) drain_locked();"),
+    ("a sleep without a look at the signal", "class pause_leaf", "if (std::exchange(s_->signalled, false)) return true;",
+     "if (!MUTANT && std::exchange(s_->signalled, false)) return true;"),
+    ("a wake-up left in the inbox", "void end_timed_wait(", "else if (timed && signalled)", "else if (!MUTANT && timed && signalled)"),
+    ("a push after closing", "push_end try_place_locked(", "if (this->closing) return push_end::closed;", "if (!MUTANT && this->closing) return push_end::closed;"),
+    ("a push beyond the capacity", "bool fits_locked(", "count < capacity &&", "count < capacity + (MUTANT ? 1 : 0) &&"),
+    ("a flush that does not wait for its messages", "plan next()", "if (n->position > this->head_position) break;",
+     "if (!MUTANT && n->position > this->head_position) break;"),
+    ("an evicted message that nobody hears of", "void evict_locked(", "++n_evicted;", "if (!MUTANT) ++n_evicted;"),
+    ("a trigger that outlives the worker", "bool trigger() noexcept {", "if (closing) return false;", "if (!MUTANT && closing) return false;"),
+    ("the last handle ends like a cancel", "void drop_handle()", "if (!this->closing) drained_by_drop = true;", "if (!MUTANT && !this->closing) drained_by_drop = true;"),
+    ("a poke after the stop says yes", "bool poke() noexcept {\n        port::unique_lock l(m);", "if (stopped || stop.is_cancelled()) return false;",
+     "if (!MUTANT && (stopped || stop.is_cancelled())) return false;"),
 ]
-CONCURRENCY = [
-    ("a signal that wakes nobody", "sink: push and flush", "void signal_locked()", "if (sleeper != nullptr) wake(sleeper);", ""),
-    ("a sleep without a look at the signal", "sink: push and flush", "class pause_leaf", "if (std::exchange(s_->signalled, false)) return true;", ""),
-    ("a wake-up left in the inbox", "periodic: trigger against stop", "void end_timed_wait(", "else if (timed && signalled)", "else if (false && timed && signalled)"),
-    ("closing that does not wake the worker", "sink: two joiners", "void begin_close()", "signal_locked();", ""),
-    ("an end that wakes no joiner", "sink: joined before it closes", "void end() noexcept", "end_locked();\n            wake_joiners_locked();", "end_locked();"),
-    ("an end that leaves its thread running", "sink: two joiners", "void end() noexcept", "if (own_thread) core->request_stop();", ""),
-    ("a push after closing", "sink: push against close", "push_end try_place_locked(", "if (this->closing) return push_end::closed;", ""),
-    ("a push beyond the capacity", "sink: eviction against the worker", "bool fits_locked(", "count < capacity &&", "count < capacity + 1 &&"),
-    ("a push that nobody admits", "sink: waiting pushes", "void admit_locked()", "wake(n->target);", ""),
-    ("a waiting push that closing forgets", "sink: a waiting push against close", "void refuse_locked() noexcept override", "wake(n->target);", ""),
-    ("a flush that nobody answers", "sink: two flushes", "void resolve_locked(", "if (n->target != nullptr) wake(std::exchange(n->target, nullptr));", ""),
-    ("a flush that does not wake the worker", "sink: push and flush", "void enter_flush_locked(", "this->signal_locked();", ""),
-    ("a flush that does not wait for its messages", "sink: push and flush", "plan next()", "if (n->position > this->head_position) break;", ""),
-    ("a flush that the end forgets", "sink: flush against the end of its scheduler", "void end_locked() noexcept override", "resolve_locked(n, flush_node::closed);", "static_cast<void>(n);"),
-    ("an evicted message that nobody hears of", "sink: eviction against the worker", "void evict_locked(", "++n_evicted;", ""),
-    ("messages that wake nobody", "sink: a push is written without a flush", "void place_locked(", "this->signal_locked();", ""),
-    ("a trigger that wakes nobody", "periodic: trigger against sleep", "bool trigger() noexcept {", "signal_locked();", ""),
-    ("a trigger that outlives the worker", "periodic: trigger against stop", "bool trigger() noexcept {", "if (closing) return false;", ""),
-    ("an interval that wakes nobody", "periodic: a new interval against sleep", "bool set_interval(duration d) noexcept {", "due = deadline_after(core->now(), d);\n        signal_locked();", "due = deadline_after(core->now(), d);"),
-    ("the last handle ends like a cancel", "actor: the last handle against the actor", "void drop_handle()", "if (!this->closing) drained_by_drop = true;", ""),
-    ("an actor that makes no room", "actor: waiting sends", "step next(std::optional<C>& command", "if (!this->pushing.empty()) this->admit_locked();", ""),
+
+# Survivors that break nothing: where (function, or "" for any), text of the line, kind ("" for any), the reason.
+EQUIVALENT: list = [
 ]
-PROGRAMS = [("runtime_bridge.hpp", "kernels.cpp", BRIDGE), ("concurrency.hpp", "kernels_concurrency.cpp", CONCURRENCY)]
+
+# Sites that no kernel reaches: the same, and why that is so, or which other test reaches them.
+NOT_REACHED: list = [
+]
+
+WAKES = ("wake|wake_loop_locked|wake_all|wake_joiners_locked|wake_receiver_locked|signal|signal_locked|grant_locked|admit_locked|poke|enqueue|"
+         "enqueue_locked|refuse_locked|resolve_locked|give_permit_locked|one_external_less|end_locked|request_stop|begin_close|clear_edge|drain_locked")
+CHAIN = r"(?:\w+(?:\(\))?(?:\.|->|::))*"
+
+
+class Mutant:
+    def __init__(self, number, kind, header, line, scope, text):
+        self.number, self.kind, self.header, self.line, self.scope, self.text = number, kind, header, line, scope, text
+
+    def __str__(self):
+        return f"{self.header}:{self.line} {self.scope}: {self.kind}: {self.text}"
+
+
+def masked(text):
+    """The same length, with comments, strings, macros and the port blanked."""
+    def blank(m):
+        return re.sub(r"[^\n]", " ", m.group(0))
+
+    text = re.sub(r"// >>port-begin.*?// >>port-end", blank, text, flags=re.S)
+    text = re.sub(r'//[^\n]*|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)\'', blank, text)
+    return re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", blank, text, flags=re.M)
+
+
+def scopes_of(code):
+    """For each line the class and function around its end."""
+    result, stack, since, at_line = [""], [], 0, 1
+    for m in re.finditer(r"[{};\n]", code):
+        c = m.group(0)
+        if c == "\n":
+            at_line += 1
+            result.append("::".join(s for s in stack if s))
+            continue
+        if c == "{":
+            head = re.sub(r"\btemplate\s*<[^{;]*?>\s*(?=class|struct|[\w:]+[\s&*])", "", code[since:m.start()]).strip()
+            name = ""
+            if found := re.match(r"(?:\[\[\w+\]\]\s*)?(?:class|struct|union)\s+(?:\[\[\w+\]\]\s*)?(\w+)", head):
+                name = found.group(1)
+            elif not re.match(r"(?:namespace|inline namespace|enum|if|else|for|while|do|switch|RTB_DETAIL_\w+|return)\b", head) and "](" not in head and "=" not in head.split("(")[0]:
+                if found := re.search(r"((?:\w+::)*~?\w+|operator\W+)\s*\(", head):
+                    name = found.group(1)
+            stack.append(name)
+            result[-1] = "::".join(s for s in stack if s)  # a line belongs to what begins on it
+        elif c == "}" and stack:
+            stack.pop()
+        since = m.end()
+    return result
+
+
+def balanced(code, at):
+    """The end of the parenthesis that opens at `at`."""
+    depth = 0
+    for i in range(at, len(code)):
+        depth += {"(": 1, ")": -1}.get(code[i], 0)
+        if depth == 0:
+            return i + 1
+    return len(code)
+
+
+class Maker:
+    """Puts sites into a text and remembers them."""
+
+    def __init__(self):
+        self.mutants = []
+        self.used = set()  # of BY_HAND
+
+    def add(self, kind, header, line, scope, text):
+        self.mutants.append(Mutant(len(self.mutants) + 1, kind, header, line, scope, text.strip()))
+        return f"::mc::mutant({len(self.mutants)})"
+
+    def make(self, text, header, first_line):
+        original = text.split("\n")
+        line_of = lambda at: text.count("\n", 0, at)
+        scopes = scopes_of(masked(text))
+        add = lambda kind, at: self.add(kind, header, first_line + line_of(at), scopes[line_of(at)], original[line_of(at)])
+        for k, (name, before, old, new) in enumerate(BY_HAND):
+            at = text.find(before)
+            at = text.find(old, at) if at >= 0 else -1
+            if at >= 0 and k not in self.used:
+                self.used.add(k)
+                text = text[:at] + new.replace("MUTANT", add(name, at)) + text[at + len(old):]
+        code = masked(text)
+        lists = {n.strip() for m in re.finditer(r"(?<!std::)\blist<[\w<>]+>\s+([\w, ]+);", code) for n in m.group(1).split(",")} | {"s->nodes"}
+        names = "|".join(sorted(lists)) or "-"
+        edits = []  # begin, end, new text
+
+        def leave_out(kind, begin, end):  # a statement; end is behind its semicolon
+            edits.append((begin, end - 1, f"static_cast<void>({add(kind, begin)} || (static_cast<void>({text[begin:end - 1]}), true))"))
+
+        def statements(pattern):
+            for m in re.finditer(pattern, code):
+                end = balanced(code, m.end() - 1)
+                before = code[:m.start()].rstrip()
+                if code[end:end + 1] == ";" and (before[-1:] in ";{})" or re.search(r"\b(?:else|do)$", before)):
+                    yield m, m.start(), end + 1
+
+        for m, begin, end in statements(rf"(?<![\w.>:]){CHAIN}notify_(?:one|all)\("):
+            leave_out("no notify", begin, end)
+        for m, begin, end in statements(rf"(?<![\w.>:]){CHAIN}(?:{WAKES})\("):
+            leave_out("no wake-up", begin, end)
+        for m, begin, end in statements(rf"(?<![\w.>:]){CHAIN}(?:cv|cv_|nobody)\.wait(?:_until)?\("):
+            if not scopes[line_of(begin)].endswith("sched_core::park"):  # its loop is around all of the scheduler's work
+                edits.append((begin, end, f"{{ {text[begin:end]} if ({add('waits once', begin)}) break; }}"))
+        for m in re.finditer(r"std::memory_order_(acquire|release|acq_rel|seq_cst)\b", code):
+            number = add(f"relaxed, not {m.group(1)}", m.start())
+            edits.append((m.start(), m.end(), f"::mc::order({number[13:-1]}, {m.group(0)})"))
+        for m in re.finditer(r"\b(?:port::unique_lock|hold)\s+\w+(\()", code):
+            end = balanced(code, m.start(1)) - 1
+            edits.append((end, end, f", {add('no lock', m.start())}"))
+        for m in re.finditer(r"\b(?:port::unique_lock|hold)\s+\w+\([^;\n]*;[^\n]*\n", code):
+            at = m.end()
+            for _ in range(4):  # the lines that follow the lock
+                line = code[at:code.find("\n", at)]
+                if "}" in line and "{" not in line:
+                    break
+                look = re.match(r"\s*(?:if|while) (\()", line)
+                if look:
+                    begin = at + look.start(1)
+                    end = balanced(code, begin)
+                    if re.match(r"\s*(?:return|co_return|continue|break)\b", code[end:end + 40]) and "has_threads" not in line and "mc::mutant" not in text[begin:end]:
+                        edits.append((begin + 1, begin + 1, f"!{add('no look under the lock', begin)} && ("))
+                        edits.append((end - 1, end - 1, ")"))
+                at += len(line) + 1
+        for m, begin, end in statements(r"(?<![\w.>:])(?:\w+(?:\.|->|::))*(?:unlink|insert_before|timers\.insert|timers\.remove)\("):
+            leave_out("not linked" if "insert" in m.group(0) else "not unlinked", begin, end)
+        for m, begin, end in statements(rf"(?<![\w.>:])(?:\w+(?:\.|->|::))*(?:{names})\.(?:push_back|push_front|take_all)\("):
+            leave_out("not linked", begin, end)
+        for m in re.finditer(rf"(?<![\w.>:])(?:\w+(?:\.|->|::))*(?:{names})\.pop_front\(\)", code):
+            edits.append((m.start(), m.end(), f"({add('seems empty', m.start())} ? nullptr : {m.group(0)})"))
+        return apply(text, edits)
+
+
+def apply(text, edits):
+    """Makes the edits; one may lie inside of another."""
+    edits = sorted(set(edits), key=lambda e: (e[0], -e[1]))
+
+    def part(begin, end, todo):
+        out, at = [], begin
+        while todo:
+            b, e, new = todo.pop(0)
+            inner = []
+            while todo and todo[0][1] <= e and todo[0][0] < e:
+                inner.append(todo.pop(0))
+            out.append(text[at:b])
+            old = text[b:e]
+            if inner:
+                assert old in new
+                new = new.replace(old, part(b, e, inner), 1)
+            out.append(new)
+            at = e
+        out.append(text[at:end])
+        return "".join(out)
+
+    return part(0, len(text), edits)
+
+
+def make_headers(folder):
+    """Writes both headers with all sites. The core, which is in both, gets the same numbers in both."""
+    maker, core = Maker(), None
+    for header in HEADERS:
+        text = (ROOT / header).read_text(encoding="utf-8")
+        begin, end = text.index("// >>core-begin"), text.index("// >>core-end")
+        if core is None:
+            core = maker.make(text[begin:end], header, text.count("\n", 0, begin) + 1)
+        rest = maker.make(text[end:], header, text.count("\n", 0, end) + 1)
+        for old, new in ((": m_(m) { m.lock(); }", ": m_(m) { m.lock(); }\n    bool left_out_ = false;\n    hold(port::mutex& m, bool left_out) : m_(m), left_out_(left_out) "
+                          "{ if (!left_out) m.lock(); }"), ("~hold() { m_.unlock(); }", "~hold() { if (!left_out_) m_.unlock(); }")):
+            if header == HEADERS[1] and old not in rest:
+                sys.exit("mutants: class hold has changed")
+            rest = rest.replace(old, new)
+        (folder / header).write_text(text[:begin] + core + rest, encoding="utf-8")
+    stale = [BY_HAND[k][0] for k in range(len(BY_HAND)) if k not in maker.used]
+    return maker.mutants, stale
+
+
+class Program:
+    def __init__(self, name, folder, cxx):
+        self.name, self.folder, self.cxx = name, folder, cxx
+        self.reached, self.ms = {}, {}  # by kernel
+
+    def build(self, races):
+        program = self.folder / (self.name + ("_race" if races else ""))
+        if program.exists():
+            return
+        flags = ["-O2", "-fsanitize=thread"] if races else ["-O1"]
+        obj = str(program) + ".o"
+        r = subprocess.run([self.cxx, "-std=c++20", *flags, "-w", "-I", str(self.folder), "-I", str(HERE), "-c", str(HERE / (self.name + ".cpp")), "-o", obj],
+                           capture_output=True, text=True, check=False)
+        if r.returncode == 0:
+            r = subprocess.run([self.cxx, obj, "-o", str(program)], capture_output=True, text=True, check=False)
+        if r.returncode != 0:
+            sys.exit(f"mutants: {self.name} does not compile\n{r.stderr[:4000]}")
+
+    def run(self, mutant, kernels, races, *options):
+        command = [str(self.folder / (self.name + ("_race" if races else ""))), *options]
+        for k in kernels:
+            command += ["--kernel", k]
+        r = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace", env={**os.environ, "MC_MUTANT": str(mutant)},
+                           check=False)
+        found = [line.split("  FAILED ", 1)[1] for line in r.stdout.splitlines() if "  FAILED " in line]
+        if not found and r.returncode != 0:
+            found = [f"exit code {r.returncode}"]
+        return found, r.stdout
+
+    def cover(self, races):
+        """Which sites the kernels reach, as they are; without a mutant nothing may fail."""
+        found, out = self.run(0, [], races, "--quick", "--sites")
+        if found:
+            sys.exit(f"mutants: {self.name} fails without a mutant: {found[0]}")
+        kernel = ""
+        for line in out.splitlines():
+            if line.startswith("  sites"):
+                self.reached.setdefault(kernel, set()).update(int(n) for n in line.split()[1:])
+            elif m := re.match(r"(.*?)\s+p1 .*?(\d+) ms$", line):
+                kernel = m.group(1)
+                self.ms.setdefault(kernel, float(m.group(2)))
+
+
+def matching(table, m):
+    return [k for k, (scope, text, kind, _) in enumerate(table) if re.search(scope + "$", m.scope) and text in m.text and kind in m.kind]
+
+
+def kill(programs, m, thorough):
+    """Who notices, "" if nobody; and whether anybody reaches it."""
+    reaching = [(p, sorted((k for k in p.reached if m.number in p.reached[k]), key=p.ms.get)) for p in programs]
+    reaching = [(p, ks) for p, ks in reaching if ks]
+    if not reaching:
+        return "", False
+    for races, options in ((False, ["--quick", "--cpu", "20"]), (True, ["--quick", "--cpu", "60"]), (False, ["--cpu", "200"])):
+        if not thorough and not options[0] == "--quick":
+            break
+        for p, ks in reaching:
+            for group in ([ks[:12]] if races else [ks[:3], ks[3:]] if options[0] == "--quick" else [ks]):  # the cheapest ones first
+                if not group:
+                    continue
+                found, _ = p.run(m.number, group, races, "--first", *options)
+                if found:
+                    return found[0][:140] + (" [races]" if races else ""), True
+    return "", True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cxx", default="g++")
-    parser.add_argument("--only")
+    parser.add_argument("--only", default="")
     parser.add_argument("--list", action="store_true")
-    args = parser.parse_args()
-    return 1 if sum(run(args, *program) for program in PROGRAMS) else 0
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--keep")
+    parser.add_argument("--quick", action="store_true")
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rtb-model-") as d:
+        folder = pathlib.Path(a.keep or d)
+        folder.mkdir(parents=True, exist_ok=True)
+        mutants, stale = make_headers(folder)
+        if a.list:
+            for m in mutants:
+                print(f"{m.number} {m}")
+            return 0
+        return run(a, folder, mutants, stale)
 
 
-def run(args: argparse.Namespace, header: str, kernels: str, mutants: list) -> int:
-    text = (ROOT / header).read_text(encoding="utf-8")
-    survivors = 0
-    for name, kernel, place, old, new in mutants:
-        if args.list:
-            print(name)
-            continue
-        if args.only and args.only != name:
-            continue
-        at = text.find(old, max(text.find(place), 0))
-        if place not in text or at < 0:
-            print(f"STALE     {name}: the header has changed, adapt the mutant")
-            survivors += 1
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            (pathlib.Path(folder) / header).write_text(text[:at] + new + text[at + len(old):], encoding="utf-8")
-            program = pathlib.Path(folder) / "kernels"
-            build = subprocess.run([args.cxx, "-std=c++20", "-O1", "-w", "-I", folder, "-I", str(HERE), str(HERE / kernels), "-o", str(program)],
-                                   capture_output=True, text=True, check=False)
-            if build.returncode != 0:
-                print(f"NO BUILD  {name}\n{build.stderr[:2000]}")
-                survivors += 1
-                continue
-            ran = subprocess.run([str(program), "--kernel", kernel], capture_output=True, text=True, timeout=300, check=False)
-        found = [line.strip() for line in ran.stdout.splitlines() if "FAILED" in line]
-        if ran.returncode == 1 and found:
-            print(f"found     {name}: {found[0].split('FAILED ', 1)[1]}")
-        else:
-            print(f"SURVIVED  {name} ({kernel})")
-            survivors += 1
-        sys.stdout.flush()
-    return survivors
+def run(a, folder, mutants, stale) -> int:
+    start = time.monotonic()
+    programs = [Program(name, folder, a.cxx) for name in PROGRAMS if (HERE / (name + ".cpp")).exists()]
+    with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
+        list(pool.map(lambda task: task[0].build(task[1]), [(p, races) for p in programs for races in (False, True)]))
+        list(pool.map(lambda p: p.cover(False), programs))
+        print(f"{len(mutants)} mutants; built and looked at what is reached in {time.monotonic() - start:.0f} s", flush=True)
+        chosen = sorted((m for m in mutants if a.only in str(m)), key=lambda m: (-HEADERS.index(m.header), m.line), reverse=False)
+        chosen.sort(key=lambda m: (HEADERS.index(m.header), m.line))
+        count, matched = {}, set()
+        verdicts = pool.map(lambda m: kill(programs, m, not a.quick and not matching(EQUIVALENT, m)), chosen)
+        for m, (killer, reached) in zip(chosen, verdicts):
+            table = EQUIVALENT if reached else NOT_REACHED
+            entries = matching(table, m)
+            matched.update((reached, k) for k in entries if not killer)
+            if killer:
+                verdict, text = "killed", f"  <- {killer}"
+            elif entries:
+                verdict, text = ("equivalent" if reached else "not reached"), f": {table[entries[0]][3]}"
+            else:
+                verdict, text = ("SURVIVED" if reached else "NOT REACHED"), ""
+            count[verdict] = count.get(verdict, 0) + 1
+            print(f"{verdict:11} {m}{text}", flush=True)
+    if not a.only:
+        stale += [f"{t[k][:3]}" for reached, t in ((True, EQUIVALENT), (False, NOT_REACHED)) for k in range(len(t)) if (reached, k) not in matched]
+        for name in stale:
+            print(f"STALE       {name}: adapt the list to the header")
+    print(", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items())) + f", {time.monotonic() - start:.0f} s")
+    return 1 if stale or "SURVIVED" in count or "NOT REACHED" in count else 0
 
 
 if __name__ == "__main__":

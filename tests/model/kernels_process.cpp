@@ -1,0 +1,163 @@
+// The process runner and its registry in memory, in small pieces on the model checker.
+// Usage: as kernels.cpp. Exit code 0: all hold.
+// SPDX-License-Identifier: MIT
+#if !defined(RTB_PORT_HEADER)
+#define RTB_PORT_HEADER "port_mc.hpp"
+#endif
+#include "concurrency.hpp"
+#include "runner.hpp"
+
+namespace {
+using std::chrono::milliseconds;
+using mc::thread;
+using nothing = rtb::expected<void, rtb::process_error>;
+
+rtb::scheduler_options quiet() {
+    rtb::scheduler_options o;
+    o.spin = rtb::duration::zero();
+    return o;
+}
+rtb::process_work_options never_by_itself() {
+    rtb::process_work_options o;
+    o.poll_interval = (rtb::duration::max)();  // a poke that is lost is a deadlock
+    o.name = "r";
+    return o;
+}
+
+// ---- 1. the runner: pokes against its loop ----
+// There is one row. Each drive looks once whether it is there, and answers when it found it.
+struct sweeping final : rtb::process_run_handle {
+    mc::atomic<int> row{0};
+    mc::var<int> sweeps{0}, stops{0};
+    rtb::oneshot_sender<int> found;
+    bool slow, between = false;
+    sweeping(rtb::oneshot_sender<int> tx, bool takes_long) : found(std::move(tx)), slow(takes_long) {}
+    rtb::task<nothing> claim_and_run_pending() override {
+        sweeps.set(sweeps.get() + 1);
+        const bool seen = row.load(std::memory_order_relaxed) != 0;
+        if (slow) co_await rtb::yield();
+        if (seen && found) static_cast<void>(found.send(sweeps.get()));
+        else if (slow && !seen && row.load(std::memory_order_relaxed) != 0) between = true;
+        co_return nothing();
+    }
+    rtb::task<rtb::process_work_report> stop() override {
+        stops.set(stops.get() + 1);
+        co_return rtb::process_work_report();
+    }
+    rtb::duration close_timeout() const noexcept override { return (rtb::duration::max)(); }  // time runs as it likes here: nobody is stuck
+};
+void poke_against_a_loop(bool slow) {
+    auto answer = rtb::oneshot<int>();
+    auto run = std::make_shared<sweeping>(std::move(answer.first), slow);
+    {
+        rtb::scheduler_thread t(quiet());
+        auto [poke, handle] = rtb::process_work_runner::spawn_on(t.scheduler(), run, never_by_itself());
+        run->row.store(1, std::memory_order_relaxed);
+        MC_REQUIRE(poke.poke());
+        auto r = answer.second.wait();  // by the first drive, or by the one that the poke asked for
+        MC_REQUIRE(r.has_value());
+        static_cast<void>(MC_EITHER(*r == 1));
+        handle.cancel();
+        const auto report = handle.wait();
+        MC_REQUIRE(report && report->drives <= 2 && run->stops.get() == 1);
+        MC_REQUIRE(!poke.poke());
+    }
+    if (slow) static_cast<void>(MC_EITHER(run->between));
+}
+void poke_against_park() { poke_against_a_loop(false); }
+void poke_during_a_sweep() { poke_against_a_loop(true); }
+void poke_against_stop() {
+    auto answer = rtb::oneshot<int>();
+    auto run = std::make_shared<sweeping>(std::move(answer.first), false);
+    rtb::scheduler_thread t(quiet());
+    auto started = rtb::process_work_runner::spawn_on(t.scheduler(), run, never_by_itself());
+    thread poker("poker", [&] {
+        run->row.store(1, std::memory_order_relaxed);
+        static_cast<void>(MC_EITHER(started.first.poke()));
+    });
+    started.second.cancel();
+    const auto report = started.second.wait();
+    MC_REQUIRE(report && report->drives <= 2 && run->stops.get() == 1);
+    poker.join();
+}
+void runner_on_its_own_thread() {
+    auto answer = rtb::oneshot<int>();
+    auto run = std::make_shared<sweeping>(std::move(answer.first), false);
+    {
+        auto [poke, handle] = rtb::process_work_runner::spawn(run, never_by_itself());
+        static_cast<void>(poke.poke());
+        handle.cancel();
+        const auto report = handle.wait();
+        MC_REQUIRE(report && !report->stuck && report->drives <= 2);
+        MC_REQUIRE(!poke.poke());
+    }
+    MC_REQUIRE(run->stops.get() == 1);
+}
+
+// ---- 2. the registry ----
+template <class T> T now(rtb::task<T> t) {
+    rtb::scheduler s(quiet());
+    return std::move(*s.block_on(std::move(t)));
+}
+rtb::process_registration a_row(const char* id) {
+    rtb::process_registration r;
+    r.id = id;
+    r.kind = "k";
+    r.disposition = rtb::process_disposition::rerunnable;
+    return r;
+}
+void two_claims() {
+    rtb::memory_process_registry registry;
+    mc::var<int> owner{0};
+    std::uint64_t fences[2] = {};
+    const auto claim = [&](int i, const char* name) {
+        MC_REQUIRE(now(registry.register_process(a_row("a"))));
+        auto r = now(registry.claim("a", rtb::process_owner(name, "1"), std::chrono::hours(1)));
+        MC_REQUIRE(r);
+        if (!MC_EITHER(r->acquired())) return;
+        owner.set(owner.get() + 1);
+        fences[i] = r->lease().fence;
+    };
+    thread other("other", [&] { claim(1, "other"); });
+    claim(0, "main");
+    other.join();
+    MC_REQUIRE(owner.get() == 1 && fences[0] + fences[1] == 1);
+}
+
+// ---- 3. all together: a row that is registered and poked is run once, and whoever waits for it is told ----
+void a_row_is_run() {
+    auto registry = std::make_shared<rtb::memory_process_registry>();
+    auto runs = std::make_shared<mc::var<int>>(0);
+    rtb::durable_process_worker_config c;
+    c.registry = registry;
+    c.handler = [runs](rtb::process_context&) { runs->set(runs->get() + 1); };
+    c.owner = rtb::process_owner("w");
+    c.lease_ttl = std::chrono::hours(1000);  // time runs as it likes here
+    c.renew_every = std::chrono::hours(1);
+    c.shutdown_grace = c.close_timeout = std::chrono::hours(1000);
+    {
+        rtb::scheduler_thread t(quiet());
+        auto started = rtb::process_work_runner::spawn_on(t.scheduler(), std::make_shared<rtb::inline_process_run_handle>(std::move(c)), never_by_itself());
+        MC_REQUIRE(now(registry->register_process(a_row("a"))));
+        MC_REQUIRE(started.first.poke());
+        rtb::process_work_driver driver(registry, started.first);
+        auto r = now(driver.await_terminal("a"));
+        MC_REQUIRE(r && r->status == rtb::process_status::completed && r->attempts == 1);
+        started.second.cancel();
+        const auto report = started.second.wait();
+        MC_REQUIRE(report && !report->stuck && report->left.empty());
+    }
+    MC_REQUIRE(runs->get() == 1);
+}
+
+constexpr kernel k_kernels[] = {
+    {"runner: poke against park", poke_against_park, 2},
+    {"runner: poke during a sweep", poke_during_a_sweep, 2},
+    {"runner: poke against stop", poke_against_stop, 2},
+    {"runner: on its own thread", runner_on_its_own_thread, 2},
+    {"registry: two claims", two_claims, 3},
+    {"worker: a row is run", a_row_is_run, 1},
+};
+}  // namespace
+
+int main(int argc, char** argv) { return run_kernels(k_kernels, argc, argv); }
