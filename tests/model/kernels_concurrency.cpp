@@ -415,21 +415,22 @@ void task_with_limits() {
     }
     MC_REQUIRE(s.messages.get() == pushed && s.alive == 0);
 }
-void tasks_of_a_closing_sink() {
+void task_against_close() {
     seen s;
-    rtb::scheduler own(rtb::scheduler_options{.spin = {}});
-    auto started = sink_of::spawn_on(own, drain{&s}, small(1, 1, rtb::overflow::block));
-    auto h = own.spawn(push_and_flush_in_time(&started.first, &s.alive));
-    thread closer("closer", [&] {
-        started.second.cancel();
-        h.cancel();
-        const auto r = h.wait();
-        if (MC_EITHER(r)) MC_REQUIRE(*r <= 2);
-        own.stop();
-    });
-    own.run();
-    closer.join();
-    MC_REQUIRE(started.second.wait());
+    {
+        rtb::scheduler own(rtb::scheduler_options{.spin = {}});
+        auto started = sink_of::spawn_on(own, drain{&s}, small(1, 1, rtb::overflow::block));
+        auto h = own.spawn(push_and_flush_in_time(&started.first, &s.alive));
+        thread closer("closer", [&] {
+            started.second.cancel();
+            h.cancel();
+            const auto r = h.wait();
+            if (MC_EITHER(r)) MC_REQUIRE(*r <= 2);
+            own.stop();
+        });
+        own.run();
+        closer.join();
+    }
     MC_REQUIRE(s.alive == 0);
 }
 void joined_for_a_while() {
@@ -492,7 +493,7 @@ constexpr kernel k_kernels[] = {
     {"actor: waiting sends", waiting_sends, 2},
     {"sink: a task pushes, flushes and joins", task_pushes_flushes_and_joins, 2},
     {"sink: a task with limits", task_with_limits, 2},
-    {"sink: a task against close", tasks_of_a_closing_sink, 2},
+    {"sink: a task against close", task_against_close, 2},
     {"sink: joined for a while", joined_for_a_while, 2},
     {"sink: full in between", full_in_between, 2},
     {"actor: asked by a task that blocks", ask_from_a_task, 2},

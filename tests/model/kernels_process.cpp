@@ -149,6 +149,33 @@ void a_row_is_run() {
     }
     MC_REQUIRE(runs->get() == 1);
 }
+rtb::task<rtb::expected<std::string, rtb::process_error>> until_cancelled(rtb::process_context& c) {
+    co_await c.token().cancelled();
+    MC_REQUIRE(c.cancel_requested() && c.still_owner());
+    co_return rtb::unexpected(rtb::process_error(rtb::process_errc::cancelled));
+}
+void a_row_is_cancelled() {
+    auto registry = std::make_shared<rtb::memory_process_registry>();
+    rtb::durable_process_worker_config c;
+    c.registry = registry;
+    c.handler = [](rtb::process_context& context) { return until_cancelled(context); };
+    c.owner = rtb::process_owner("w");
+    c.lease_ttl = std::chrono::hours(1000);
+    c.renew_every = std::chrono::hours(300);
+    c.shutdown_grace = c.close_timeout = std::chrono::hours(1000);
+    auto worker = std::make_shared<rtb::durable_process_worker>(std::move(c));
+    MC_REQUIRE(now(registry->register_process(a_row("a"))));
+    {
+        rtb::scheduler_thread t(quiet());
+        auto h = t.scheduler().spawn(worker->run("a"));
+        MC_REQUIRE(now(worker->request_cancel("a", "why")));
+        auto r = h.wait();
+        MC_REQUIRE(r && *r && (*r)->status == rtb::process_status::cancelled);
+        static_cast<void>(MC_EITHER((*r)->attempts == 0));
+        MC_REQUIRE(worker->active() == 0);
+    }
+    worker.reset();
+}
 
 constexpr kernel k_kernels[] = {
     {"runner: poke against park", poke_against_park, 2},
@@ -157,6 +184,7 @@ constexpr kernel k_kernels[] = {
     {"runner: on its own thread", runner_on_its_own_thread, 2},
     {"registry: two claims", two_claims, 3},
     {"worker: a row is run", a_row_is_run, 1},
+    {"worker: a row is cancelled", a_row_is_cancelled, 1},
 };
 }  // namespace
 

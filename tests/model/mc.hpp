@@ -31,6 +31,7 @@
 #include <utility>
 #include <vector>
 
+#include <sys/single_threaded.h>
 #include <ucontext.h>
 #include <unistd.h>
 #if defined(__SANITIZE_ADDRESS__)
@@ -530,6 +531,7 @@ public:
     long live_blocks = 0;
     std::vector<granule> shadow;  // open addressing; made at the first access
     std::size_t granules_used = 0;
+    std::map<const volatile void*, vector_clock> foreign;  // atomics that are not the model's
     granule& shadow_of(std::uintptr_t a);
     void access(std::uintptr_t a, std::size_t size, bool write, const void* from);
     void end_of_execution() {
@@ -545,6 +547,7 @@ public:
         }
         live_blocks = 0;
         granules_used = 0;
+        foreign.clear();
     }
 };
 
@@ -897,6 +900,7 @@ struct steady_clock {  // moves when nobody can go on, and when a timeout is cho
     static constexpr bool is_steady = true;
     static time_point now() noexcept {
         if (g == nullptr) return {};
+        const engine_scope in;
         g->time_is_read();
         return time_point(duration(g->time));
     }
@@ -1166,6 +1170,17 @@ MC_UNTRACKED inline void hook(void* a, std::size_t n, bool write, void* from) {
     g->access(reinterpret_cast<std::uintptr_t>(a), n, write, from);
     g_off = false;
 }
+// An atomic of the standard library, as the counts of a shared_ptr: acq_rel, and no place where threads change.
+MC_UNTRACKED inline void foreign_atomic(const volatile void* a) {
+    if (g == nullptr || g_off) return;
+    engine_scope in;
+    vector_clock& c = g->foreign[a];
+    g->self().now.join(c);
+    c = g->self().now;
+    ++g->self().now.t[g->running];
+}
+// libstdc++ counts without atomics as long as there are no threads.
+inline const bool g_counts_atomically = (__libc_single_threaded = 0, true);
 }  // namespace mc
 extern "C" {
 #define MC_HOOK(name, size, write) \
@@ -1189,11 +1204,13 @@ MC_UNTRACKED void __tsan_vptr_update(void** p, void* v) {
 MC_UNTRACKED char __tsan_atomic8_load(const volatile char* a, int) { return *a; }
 MC_UNTRACKED int __tsan_atomic32_load(const volatile int* a, int) { return *a; }
 MC_UNTRACKED int __tsan_atomic32_fetch_add(volatile int* a, int v, int) {
+    mc::foreign_atomic(a);
     const int before = *a;
     *a = before + v;
     return before;
 }
 MC_UNTRACKED int __tsan_atomic32_compare_exchange_weak(volatile int* a, int* expected, int v, int, int) {
+    mc::foreign_atomic(a);
     if (*a == *expected) return *a = v, 1;
     return *expected = *a, 0;
 }

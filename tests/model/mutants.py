@@ -315,14 +315,13 @@ def kill(programs, m, thorough):
     reaching = [(p, ks) for p, ks in reaching if ks]
     if not reaching:
         return "", False
-    for races, options in ((False, ["--quick", "--cpu", "20"]), (True, ["--quick", "--cpu", "60"]), (False, ["--cpu", "200"])):
-        if not thorough and not options[0] == "--quick":
-            break
+    few, more, rest = slice(0, 4), slice(4, 8), slice(4, 16)
+    plain, race = (False, "--cpu", "20", "--quick"), (True, "--cpu", "60", "--quick")
+    first = [(race, few), (plain, few)] if m.kind.startswith(("no lock", "relaxed")) else [(plain, few), (race, few)]
+    for (races, *options), part in [*first, (plain, rest), (race, more)] + [((False, "--cpu", "200"), slice(None))] * thorough:
         for p, ks in reaching:
-            for group in ([ks[:12]] if races else [ks[:3], ks[3:]] if options[0] == "--quick" else [ks]):  # the cheapest ones first
-                if not group:
-                    continue
-                found, _ = p.run(m.number, group, races, "--first", *options)
+            if ks[part]:
+                found, _ = p.run(m.number, ks[part], races, "--first", *options)
                 if found:
                     return found[0][:140] + (" [races]" if races else ""), True
     return "", True
@@ -353,7 +352,7 @@ def run(a, folder, mutants, stale) -> int:
     programs = [Program(name, folder, a.cxx) for name in PROGRAMS if (HERE / (name + ".cpp")).exists()]
     with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
         list(pool.map(lambda task: task[0].build(task[1]), [(p, races) for p in programs for races in (False, True)]))
-        list(pool.map(lambda p: p.cover(False), programs))
+        list(pool.map(lambda task: task[0].cover(task[1]), [(p, races) for p in programs for races in (False, True)]))
         print(f"{len(mutants)} mutants; built and looked at what is reached in {time.monotonic() - start:.0f} s", flush=True)
         chosen = sorted((m for m in mutants if a.only in str(m)), key=lambda m: (-HEADERS.index(m.header), m.line), reverse=False)
         chosen.sort(key=lambda m: (HEADERS.index(m.header), m.line))
