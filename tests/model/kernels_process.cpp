@@ -4,6 +4,7 @@
 #if !defined(RTB_PORT_HEADER)
 #define RTB_PORT_HEADER "port_mc.hpp"
 #endif
+#include "../sim_disk.hpp"
 #include "concurrency.hpp"
 #include "runner.hpp"
 
@@ -124,6 +125,41 @@ void two_claims() {
     MC_REQUIRE(owner.get() == 1 && fences[0] + fences[1] == 1);
 }
 
+// Two threads write to one journal: one of them leads, and serves the other.
+void two_writers_of_a_journal() {
+    sim_disk disk;
+    rtb::journal_options o;
+    o.files = &disk;
+    auto opened = rtb::journal_process_registry::open("j", o);
+    MC_REQUIRE(opened);
+    const auto registry = *opened;
+    thread other("other", [&] { MC_REQUIRE(now(registry->register_process(a_row("b")))); });
+    MC_REQUIRE(now(registry->register_process(a_row("a"))));
+    other.join();
+    auto rows = now(registry->list_non_terminal(rtb::process_page()));
+    MC_REQUIRE(rows && rows->size() == 2);
+}
+
+void close_of_a_journal() {
+    sim_disk disk;
+    rtb::journal_options o;
+    o.files = &disk;
+    o.compact_above = 1;
+    auto opened = rtb::journal_process_registry::open("j", o);
+    MC_REQUIRE(opened);
+    const auto registry = *opened;
+    thread other("other", [&] {
+        auto r = now(registry->register_process(a_row("b")));
+        if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::process_errc::closed);
+        auto read = now(registry->try_get("b"));
+        if (!read) MC_REQUIRE(read.error() == rtb::process_errc::closed);
+        static_cast<void>(now(registry->maintain()));
+    });
+    MC_REQUIRE(now(registry->close()));
+    MC_REQUIRE(registry->report().state == rtb::journal_state::closed);
+    other.join();
+}
+
 // ---- 3. all together: a row that is registered and poked is run once, and whoever waits for it is told ----
 void a_row_is_run() {
     auto registry = std::make_shared<rtb::memory_process_registry>();
@@ -183,6 +219,8 @@ constexpr kernel k_kernels[] = {
     {"runner: poke against stop", poke_against_stop, 2},
     {"runner: on its own thread", runner_on_its_own_thread, 2},
     {"registry: two claims", two_claims, 3},
+    {"journal: two writers", two_writers_of_a_journal, 1},
+    {"journal: close against a writer", close_of_a_journal, 1},
     {"worker: a row is run", a_row_is_run, 1},
     {"worker: a row is cancelled", a_row_is_cancelled, 1},
 };

@@ -352,7 +352,7 @@ def run(a, folder, mutants, stale) -> int:
     programs = [Program(name, folder, a.cxx) for name in PROGRAMS if (HERE / (name + ".cpp")).exists()]
     with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
         list(pool.map(lambda task: task[0].build(task[1]), [(p, races) for p in programs for races in (False, True)]))
-        list(pool.map(lambda task: task[0].cover(task[1]), [(p, races) for p in programs for races in (False, True)]))
+        list(pool.map(lambda p: p.cover(False), programs))
         print(f"{len(mutants)} mutants; built and looked at what is reached in {time.monotonic() - start:.0f} s", flush=True)
         chosen = sorted((m for m in mutants if a.only in str(m)), key=lambda m: (-HEADERS.index(m.header), m.line), reverse=False)
         chosen.sort(key=lambda m: (HEADERS.index(m.header), m.line))
