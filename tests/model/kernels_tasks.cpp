@@ -391,6 +391,27 @@ void log_handler_against_log() {
     rtb::set_log_handler(nullptr);
     static_cast<void>(MC_EITHER(logged.get() == 1));
 }
+struct reads_its_item {
+    item i;
+    void operator()() const { MC_REQUIRE(i.v.get() == 7); }
+};
+void last_copy_of_a_callback() {  // destroys what the others used
+    auto a = std::make_unique<rtb::detail::callback<void()>>(reads_its_item{item(7)});
+    auto b = std::make_unique<rtb::detail::callback<void()>>(*a);
+    thread other("other", [&] {
+        (*b)();
+        b.reset();
+    });
+    (*a)();
+    a.reset();
+    other.join();
+}
+void permits_are_counted() {
+    rtb::semaphore sem(0);
+    thread other("other", [&] { sem.release(1); });
+    static_cast<void>(MC_EITHER(sem.available() == 1));
+    other.join();
+}
 void two_look_for_a_stall() {
     rtb::scheduler_options o = quiet();
     o.stall_threshold = milliseconds(1);
@@ -558,6 +579,8 @@ constexpr kernel k_kernels[] = {
     {"token: a thread waits with a limit", token_wait_with_a_limit, 2},
     {"a handle goes while a task waits", a_handle_goes_while_a_task_waits, 2},
     {"log handler against log", log_handler_against_log, 2},
+    {"the last copy of a callback", last_copy_of_a_callback, 3},
+    {"permits are counted", permits_are_counted, 3},
     {"two look for a stall", two_look_for_a_stall, 2},
     {"driver: post against park", driver_parks, 2},
     {"manual clock: nobody can go on", nobody_can_go_on, 2},
