@@ -75,13 +75,14 @@ BY_HAND = [
      "if (!MUTANT && n->position > this->head_position) break;"),
     ("an evicted message that nobody hears of", "void evict_locked(", "++n_evicted;", "if (!MUTANT) ++n_evicted;"),
     ("a trigger that outlives the worker", "bool trigger() noexcept {", "if (closing) return false;", "if (!MUTANT && closing) return false;"),
-    ("the last handle ends like a cancel", "void drop_handle()", "if (!this->closing) drained_by_drop = true;", "if (!MUTANT && !this->closing) drained_by_drop = true;"),
+    ("the last handle ends like a cancel", "void drop_handle()", "if (!this->closing) no_senders = true;", "if (!MUTANT && !this->closing) no_senders = true;"),
     ("a poke after the stop says yes", "bool poke() noexcept {\n        port::unique_lock l(m);", "if (stopped || stop.is_cancelled()) return false;",
      "if (!MUTANT && (stopped || stop.is_cancelled())) return false;"),
 ]
 
 # Survivors that break nothing: where (function, or "" for any), text of the line, kind ("" for any), the reason.
 EQUIVALENT: list = [
+    ("cancel_state::cancel", "if (!s->cancelled", "does it again", "the first cancel left no nodes"),
     ("manual_clock::now", "", "relaxed", "a time publishes nothing: what is done because of it is ordered by the clock's lock or an inbox"),
 ]
 
