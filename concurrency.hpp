@@ -5628,11 +5628,6 @@ struct service : immovable {
         signalled = true;
         if (sleeper != nullptr) wake(sleeper);
     }
-    void signal() noexcept {
-        if (core->out_of_reach()) return;
-        port::unique_lock l(m);
-        signal_locked();
-    }
     void wake_joiners_locked() noexcept {
         while (wait_node* n = joiners.pop_front()) wake(n->target);
     }

@@ -24,7 +24,6 @@
 #include <map>
 #include <memory>
 #include <new>
-#include <random>
 #include <set>
 #include <string>
 #include <type_traits>
@@ -130,6 +129,15 @@ struct step_record {
     const char* note;
 };
 
+struct random_numbers {  // splitmix64: cheap to seed, which every execution does
+    std::uint64_t state = 0;
+    std::uint64_t operator()() {
+        std::uint64_t z = state += 0x9e3779b97f4a7c15u;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        return z ^ (z >> 31);
+    }
+};
 class engine;
 inline engine* g = nullptr;
 inline bool g_off = true;  // inside the engine, or outside of an execution: nothing is tracked
@@ -181,7 +189,7 @@ public:
     std::vector<std::uint8_t> script;         // decisions that are to be repeated
     int used_preemptions = 0, used_stale = 0, used_spurious = 0, used_early = 0, steps = 0, horizon = 50, alone = 0, lowest = 0;
     std::vector<int> change_points;
-    std::mt19937_64 random;
+    random_numbers random;
     // Objects that two threads touch, in any execution so far: only their operations are scheduling points. (The others are
     // thread-local. When the set grows, the search starts over.)
     std::set<std::uint32_t> shared, shared_next;
@@ -537,8 +545,7 @@ public:
     void end_of_execution() {
         for (block_header* h : quarantine) {
             const unsigned char* p = reinterpret_cast<const unsigned char*>(h + 1);
-            for (std::size_t i = 0; i < h->size; ++i)
-                if (p[i] != 0xdd) fail("a write to freed memory");
+            if (h->size != 0 && (p[0] != 0xdd || std::memcmp(p, p + 1, h->size - 1) != 0)) fail("a write to freed memory");
             std::free(h);
         }
         quarantine.clear();
@@ -586,7 +593,7 @@ MC_UNTRACKED inline void release(void* p) noexcept {
 class object {
     static constexpr std::uint32_t k_alive = 0xa11fe0b1u;
     mutable std::uint32_t magic_ = k_alive, key_ = 0, at_ = 0;
-    mutable int by_ = 0, toucher_ = -1;
+    mutable int by_ = 0, toucher_ = -1, shared_ = -1;  // shared_: -1 until somebody asks, in each execution
     mutable std::uint64_t execution_ = 0;
 
 protected:
@@ -607,6 +614,7 @@ protected:
         at_ = g->self().now.t[by_];
         execution_ = g->execution;
         key_ = (static_cast<std::uint32_t>(by_ + 1) << 16) | ++g->made[by_];
+        shared_ = -1;
     }
     /// True: new in this execution, so a global whose state is left from an earlier one.
     bool touch() const {
@@ -618,10 +626,11 @@ protected:
             auto& key = g->globals[this];
             if (key == 0) key = static_cast<std::uint32_t>(g->globals.size());
             key_ = key;
+            shared_ = -1;
             fresh = true;
         }
         if (toucher_ != g->running) {
-            if (toucher_ >= 0) g->shared_next.insert(key_);
+            if (toucher_ >= 0 && !shared()) g->shared_next.insert(key_);
             toucher_ = g->running;
         }
         return fresh;
@@ -629,7 +638,10 @@ protected:
     void check_made() const {
         if (g->self().now.t[by_] < at_) g->fail("data race: an object is used whose construction does not happen before");
     }
-    bool shared() const { return g->is_shared(key_); }
+    bool shared() const {
+        if (shared_ < 0) shared_ = g->is_shared(key_) ? 1 : 0;
+        return shared_ != 0;
+    }
     std::uint32_t key() const noexcept { return key_; }
 };
 
@@ -1092,7 +1104,7 @@ template <class F> result explore(engine& e, const options& o, F body, const std
     e.o = o;
     std::vector<engine::node> path;
     std::vector<std::uint8_t> script;
-    std::mt19937_64 seeds(o.seed);
+    random_numbers seeds{o.seed};
     std::signal(SIGSEGV, crashed);
     std::signal(SIGABRT, crashed);
     if (o.how == strategy::replay) {
@@ -1115,7 +1127,7 @@ template <class F> result explore(engine& e, const options& o, F body, const std
         e.sleepers = 0;
         e.redundant = false;
         e.used_preemptions = e.used_stale = e.used_spurious = e.used_early = e.steps = e.alone = e.lowest = 0;
-        e.random.seed(seeds());
+        e.random = {seeds()};
         e.change_points.clear();
         for (int i = 0; i + 1 < o.pct_depth; ++i) e.change_points.push_back(1 + static_cast<int>(e.random() % static_cast<unsigned>(e.horizon)));
         for (auto& m : e.made) m = 0;

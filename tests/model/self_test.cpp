@@ -8,6 +8,7 @@
 
 #include <array>
 #include <chrono>
+#include <random>
 
 namespace {
 struct operation {
