@@ -96,7 +96,6 @@ NOT_REACHED: list = [
     ("worker::join", "while (joining && !over)", "", "who joins for the second time comes after `over`"),
     ("blocking_pool::submit", "", "", "only if the system refuses a thread: tests/child_thread_refused.cpp"),
     ("call_host::bridge", "if (!made)", "", "only if the system refuses a thread"),
-    ("service::signal", "", "", "nobody calls it"),
     ("service::same_step", "", "", "stuck callbacks need real time: tests/conc_service_threads.cpp"),
     ("own_worker::~own_worker", "", "", "only if there is no memory between the thread's start and its owner: tests/alloc_failpoints.cpp"),
     ("try_push::reset|sink_state::try_push", "crowded", "", "a full queue in which others wait: tests/conc_sink.cpp"),
