@@ -54,8 +54,8 @@ void sink() {
     auto [s, h] = rtb::background_sink<int>::spawn(drain{&closed}, c);
     check(s.try_push(1).has_value() && s.flush_blocking().has_value(), "the first message is written");
     check(s.try_push(2).has_value(), "the second is accepted");
-    std::thread other([&s = s] {
-        const auto f = s.flush_blocking();
+    std::thread other([&same = s] {
+        const auto f = same.flush_blocking();
         check(!f && f.error() == rtb::sink_errc::closed, "a flush of another thread says closed");
     });
     const auto f = s.flush_blocking();
@@ -91,7 +91,7 @@ struct doing {
 };
 void actor() {
     auto [a, h] = rtb::actor_handle<command>::spawn(doing{});
-    std::thread other([&a = a] { check(a.ask_blocking<int, command>(1).error() == rtb::actor_errc::closed, "another asker is told"); });
+    std::thread other([&same = a] { check(same.ask_blocking<int, command>(1).error() == rtb::actor_errc::closed, "another asker is told"); });
     check(a.ask_blocking<int, command>(1).error() == rtb::actor_errc::closed, "the asker is told");
     other.join();
     check(h.wait().has_value(), "the actor is over");
