@@ -1,13 +1,8 @@
 // periodic_worker and actor_handle with every allocation failing in turn: starting, sending, asking, and in the worker itself,
 // which must outlive it. And what allocates nothing.
 // SPDX-License-Identifier: MIT
-// clang's ThreadSanitizer brings an operator new that can't be replaced.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifdef CANT_REPLACE_NEW
+#include "sanitizers.hpp"
+#if !CAN_REPLACE_NEW
 int main() { return 77; }  // skipped
 #else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
@@ -392,4 +387,4 @@ TEST_CASE("allocations that fail while an actor starts: it starts, or gives up a
         r.expect(w.s.stats().unhandled == 0);
     });
 }
-#endif  // CANT_REPLACE_NEW
+#endif  // CAN_REPLACE_NEW

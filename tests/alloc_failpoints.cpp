@@ -1,13 +1,8 @@
 // Every public operation with every allocation failing in turn: the error arrives where it belongs, nothing leaks, nothing
 // hangs, and the object is usable afterwards. Virtual time or pumping on this thread, so that nothing waits for real.
 // SPDX-License-Identifier: MIT
-// clang's ThreadSanitizer brings an operator new that can't be replaced.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifdef CANT_REPLACE_NEW
+#include "sanitizers.hpp"
+#if !CAN_REPLACE_NEW
 int main() { return 77; }  // skipped
 #else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
@@ -837,4 +832,4 @@ TEST_CASE("a bridge call without memory is a bad_alloc for its caller only") {
         });
     }
 }
-#endif  // CANT_REPLACE_NEW
+#endif  // CAN_REPLACE_NEW

@@ -1,12 +1,7 @@
 // How much is allocated: one block per task (frame, result and join state), nothing for waiting. Exact counts, of all threads.
 // SPDX-License-Identifier: MIT
-// clang's ThreadSanitizer brings an operator new that can't be replaced.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifdef CANT_REPLACE_NEW
+#include "sanitizers.hpp"
+#if !CAN_REPLACE_NEW
 int main() { return 77; }  // skipped
 #else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
@@ -401,4 +396,4 @@ TEST_CASE("polling, the clock and the task dump allocate nothing") {
               static_cast<void>(h.wait_for(0s));
           }) == 0);
 }
-#endif  // CANT_REPLACE_NEW
+#endif  // CAN_REPLACE_NEW

@@ -1,13 +1,8 @@
 // Durable processes with every allocation failing in turn, and with callables whose k-th copy, move or call throws: the caller
 // hears of it, nothing leaks or hangs, no row is lost, none ends twice, and registry and runner go on. Virtual time, on this thread.
 // SPDX-License-Identifier: MIT
-// clang's ThreadSanitizer brings an operator new that can't be replaced.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifdef CANT_REPLACE_NEW
+#include "sanitizers.hpp"
+#if !CAN_REPLACE_NEW
 int main() { return 77; }  // skipped
 #else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN

@@ -1,13 +1,8 @@
 // background_sink with every allocation failing in turn: nothing leaks, no message is lost without a word, a flush never says
 // yes to what was not written, and try_push does not allocate at all. Virtual time, on this thread.
 // SPDX-License-Identifier: MIT
-// clang's ThreadSanitizer brings an operator new that can't be replaced.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifdef CANT_REPLACE_NEW
+#include "sanitizers.hpp"
+#if !CAN_REPLACE_NEW
 int main() { return 77; }  // skipped
 #else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN

@@ -2,13 +2,8 @@
 // hooks and handlers, for every k. The cause arrives where it belongs, nothing leaks or hangs, and the object is usable afterwards.
 // Left out: what must not throw by contract (driver::unpark, moves of channel values: static_assert, allocators' copies).
 // SPDX-License-Identifier: MIT
-// clang's ThreadSanitizer brings an operator new that can't be replaced.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifdef CANT_REPLACE_NEW
+#include "sanitizers.hpp"
+#if !CAN_REPLACE_NEW
 int main() { return 77; }  // skipped
 #else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN

@@ -3,13 +3,8 @@
 // message is lost without a word, nobody who waits is left waiting, nothing leaks, and the object goes on. Virtual time, on this thread.
 // Left out: moves of messages and commands, which a static_assert wants noexcept.
 // SPDX-License-Identifier: MIT
-// clang's ThreadSanitizer brings an operator new that can't be replaced.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifdef CANT_REPLACE_NEW
+#include "sanitizers.hpp"
+#if !CAN_REPLACE_NEW
 int main() { return 77; }  // skipped
 #else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN

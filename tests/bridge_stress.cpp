@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: MIT
 #include "runtime_bridge.hpp"
 
+#include "sanitizers.hpp"
+
 #include <atomic>
 #include <cstdint>
 #include <doctest/doctest.h>
@@ -18,17 +20,7 @@ using namespace std::chrono_literals;
 using rtb::bridge_errc;
 using rtb::task;
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr int scale = 10;
-#elif defined(__has_feature)
-#    if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-constexpr int scale = 10;
-#    else
-constexpr int scale = 1;
-#    endif
-#else
-constexpr int scale = 1;
-#endif
+constexpr int scale = SANITIZED ? 10 : 1;
 
 void join_all(std::vector<std::thread>& threads) {
     for (std::thread& t : threads) t.join();

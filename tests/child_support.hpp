@@ -3,23 +3,14 @@
 // SPDX-License-Identifier: MIT
 #ifndef RTB_TESTS_CHILD_SUPPORT_HPP
 #define RTB_TESTS_CHILD_SUPPORT_HPP
+#include "sanitizers.hpp"
+
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
-
-#if defined(__SANITIZE_THREAD__)
-#define THREAD_SANITIZER 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define THREAD_SANITIZER 1
-#endif
-#endif
-#ifndef THREAD_SANITIZER
-#define THREAD_SANITIZER 0
-#endif
 
 namespace {
 constinit std::atomic<int> failures{0};  // of this process

@@ -21,16 +21,7 @@ int main() {
 #    include <unistd.h>
 
 // Counts what is allocated, unless a sanitizer has operators of its own (and a leak checker).
-#    if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#        define SANITIZED 1
-#    elif defined(__has_feature)
-#        if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#            define SANITIZED 1
-#        endif
-#    endif
-#    ifndef SANITIZED
-#        define SANITIZED 0
-#    endif
+#    include "sanitizers.hpp"
 
 namespace {
 long blocks = 0;

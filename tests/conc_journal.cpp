@@ -4,6 +4,7 @@
 #include "concurrency.hpp"
 
 #include "journal_support.hpp"
+#include "sanitizers.hpp"
 
 #include <doctest/doctest.h>
 
@@ -22,13 +23,8 @@ using rtb::journal_state;
 using rtb::process_errc;
 using opened = rtb::expected<std::shared_ptr<journal_process_registry>, rtb::process_error>;
 
-#if defined(__has_feature)
-#define HAS_FEATURE(x) __has_feature(x)
-#else
-#define HAS_FEATURE(x) 0
-#endif
 // Every call of the file system where that is quick, else a part of them.
-#if defined(__SANITIZE_THREAD__) || HAS_FEATURE(thread_sanitizer)
+#if THREAD_SANITIZER
 constexpr std::size_t k_stride = 11;
 #elif defined(__OPTIMIZE__)
 constexpr std::size_t k_stride = 1;

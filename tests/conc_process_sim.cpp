@@ -9,6 +9,7 @@
 // ctest-timeout: 7200
 // SPDX-License-Identifier: MIT
 #include "concurrency.hpp"
+#include "sanitizers.hpp"
 #include "sim_disk.hpp"
 #include "sim_registry.hpp"
 
@@ -545,17 +546,7 @@ std::uint64_t number(const char* name, std::uint64_t otherwise) {
 
 namespace {
 // How much runs by default depends on what the build costs. RTB_SIM_SEEDS asks for more.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool k_sanitized = true;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-constexpr bool k_sanitized = true;
-#else
-constexpr bool k_sanitized = false;
-#endif
-#else
-constexpr bool k_sanitized = false;
-#endif
+constexpr bool k_sanitized = SANITIZED;
 #if defined(__OPTIMIZE__)
 constexpr bool k_fast = !k_sanitized;
 #else

@@ -19,18 +19,12 @@
 #include <stop_token>
 #endif
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define TEST_SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define TEST_SANITIZED 1
-#endif
-#endif
+#include "sanitizers.hpp"
 
 namespace {
 using namespace std::chrono_literals;
 
-#if defined(TEST_SANITIZED)
+#if SANITIZED
 constexpr int k_chain = 100'000;  // a recursion would still overflow: sanitizers make frames large
 constexpr int k_rounds = 100;
 #else

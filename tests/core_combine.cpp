@@ -15,18 +15,12 @@
 #include <variant>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define TEST_SANITIZED 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define TEST_SANITIZED 1
-#endif
-#endif
+#include "sanitizers.hpp"
 
 namespace {
 using namespace std::chrono_literals;
 
-#if defined(TEST_SANITIZED)
+#if SANITIZED
 constexpr int k_deep = 10'000;
 #else
 constexpr int k_deep = 50'000;

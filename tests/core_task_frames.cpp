@@ -13,16 +13,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#    define FRAMES_SANITIZED 1
-#elif defined(__has_feature)
-#    if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#        define FRAMES_SANITIZED 1
-#    endif
-#endif
-#ifndef FRAMES_SANITIZED
-#    define FRAMES_SANITIZED 0
-#endif
+#include "sanitizers.hpp"
 
 namespace {
 
@@ -30,7 +21,7 @@ using rtb::join_errc;
 using rtb::task;
 
 // Sanitizers multiply the memory of every frame.
-constexpr int k_deep = FRAMES_SANITIZED ? 100'000 : 1'000'000;
+constexpr int k_deep = SANITIZED ? 100'000 : 1'000'000;
 
 // Counts what is alive and writes down the order of destruction.
 struct probe {

@@ -4,10 +4,7 @@
 #include "runtime_bridge.hpp"
 
 #include "check.hpp"
-
-#include <atomic>
-#include <cstdlib>
-#include <new>
+#include "failing_new.hpp"
 
 #if defined(__GLIBC__) && defined(__LP64__)
 #include <pthread.h>
@@ -18,46 +15,9 @@
 
 namespace {
 using namespace std::chrono_literals;
-std::atomic<long> g_live{0};
 
 rtb::task<int> answer(int n) { co_return n; }
 }  // namespace
-
-// clang's ThreadSanitizer brings an operator new that can't be replaced: leaks are not looked for there.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifndef CANT_REPLACE_NEW
-namespace {
-#if defined(__GNUC__) || defined(__clang__)
-__attribute__((noinline))
-#endif
-void release(void* p) noexcept {
-    if (p == nullptr) return;
-    --g_live;
-    std::free(p);
-}
-void* allocate(std::size_t n) noexcept {
-    void* p = std::malloc(n == 0 ? 1 : n);
-    if (p == nullptr) std::abort();
-    ++g_live;
-    return p;
-}
-}  // namespace
-
-void* operator new(std::size_t n) { return allocate(n); }
-void* operator new[](std::size_t n) { return allocate(n); }
-void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return allocate(n); }
-void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return allocate(n); }
-void operator delete(void* p) noexcept { release(p); }
-void operator delete[](void* p) noexcept { release(p); }
-void operator delete(void* p, std::size_t) noexcept { release(p); }
-void operator delete[](void* p, std::size_t) noexcept { release(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { release(p); }
-void operator delete[](void* p, const std::nothrow_t&) noexcept { release(p); }
-#endif
 
 int main() {
 #if CAN_REFUSE

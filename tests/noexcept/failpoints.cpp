@@ -6,65 +6,20 @@
 #include "runtime_bridge.hpp"
 
 #include "check.hpp"
+#include "failing_new.hpp"
 
 #include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <span>
 #include <string>
 #include <utility>
 
-// clang's ThreadSanitizer brings an operator new that can't be replaced.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define CANT_REPLACE_NEW 1
-#endif
-#endif
-#ifdef CANT_REPLACE_NEW
+#if !CAN_REPLACE_NEW
 int main() { return 77; }  // skipped
 #else
 namespace {
 using namespace std::chrono_literals;
-std::atomic<long> g_live{0};
-std::atomic<long> g_countdown{-1};  // of the nothrow allocations
-std::atomic<bool> g_hit{false};
 
-#if defined(__GNUC__) || defined(__clang__)
-__attribute__((noinline))
-#endif
-void release(void* p) noexcept {
-    if (p == nullptr) return;
-    --g_live;
-    std::free(p);
-}
-void* allocate(std::size_t n) noexcept {
-    void* p = std::malloc(n == 0 ? 1 : n);
-    if (p == nullptr) std::abort();
-    ++g_live;
-    return p;
-}
-void* allocate_or_not(std::size_t n) noexcept {
-    if (g_countdown.load() >= 0 && g_countdown.fetch_sub(1) == 0) {
-        g_hit = true;
-        return nullptr;
-    }
-    return allocate(n);
-}
-}  // namespace
-
-void* operator new(std::size_t n) { return allocate(n); }
-void* operator new[](std::size_t n) { return allocate(n); }
-void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return allocate_or_not(n); }
-void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return allocate_or_not(n); }
-void operator delete(void* p) noexcept { release(p); }
-void operator delete[](void* p) noexcept { release(p); }
-void operator delete(void* p, std::size_t) noexcept { release(p); }
-void operator delete[](void* p, std::size_t) noexcept { release(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { release(p); }
-void operator delete[](void* p, const std::nothrow_t&) noexcept { release(p); }
-
-namespace {
 /// scenario(), with the k-th allocation failing, until nothing fails. Returns how many can.
 template <class S> int every_failure(S scenario) {
     scenario();  // what libraries allocate once
