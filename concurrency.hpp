@@ -1373,8 +1373,8 @@ public:
         if (!parked_ && (is_done() || spin.wait(bound, until, [this] { return is_done(); }))) return true;
         port::unique_lock l(m_);
         int expected_state = waiting;
-        // sync: acquire on failure pairs with the release in set(): the result is visible.
-        if (!parked_ && !state_.compare_exchange_strong(expected_state, parked, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+        // sync: acquire on failure pairs with the release in set(): the result is visible. Parking itself publishes nothing.
+        if (!parked_ && !state_.compare_exchange_strong(expected_state, parked, std::memory_order_acquire, std::memory_order_acquire)) return true;
         parked_ = true;
         while (!woken_) {
             if (until == never) {
@@ -1408,7 +1408,7 @@ struct sched_core : immovable {
     bool parked = false;      // the loop sleeps (or is about to) and wants to be woken
     bool idle = true;         // manual clock: nothing to run and the inbox was empty
     time_point idle_deadline = never;
-    port::atomic<bool> inbox_flag{false};  // written under m; a hint for the loop, which reads it without m
+    port::atomic<bool> inbox_flag{false};  // written under m; a relaxed hint for the loop: what it announces is read under m
     port::atomic<bool> stop_flag{false};   // set under m
 
     // -- who runs it --
@@ -1485,7 +1485,7 @@ struct sched_core : immovable {
 
     // ---- inbox: any thread ----
     void wake_loop_locked() noexcept {
-        inbox_flag.store(true, std::memory_order_release);
+        inbox_flag.store(true, std::memory_order_relaxed);
         if (!parked) return;
         parked = false;
         if (options.io != nullptr)
@@ -1519,6 +1519,7 @@ struct sched_core : immovable {
     void request_stop() noexcept {
         if (out_of_reach()) return;
         port::unique_lock l(m);
+        // sync: release pairs with the acquire in stopping(): what was done before the stop is visible after run().
         stop_flag.store(true, std::memory_order_release);
         closed = true;
         wake_loop_locked();
@@ -1526,7 +1527,7 @@ struct sched_core : immovable {
     // False: closed, r was not taken. From the loop itself new work is welcome until the tasks are being destroyed.
     bool submit(runnable* r) noexcept {
         if (current_core() == this) {
-            if (dead || (stop_flag.load(std::memory_order_relaxed))) return false;
+            if (dead || stop_flag.load(std::memory_order_relaxed)) return false;
             if (r->is_root) ++live;
             make_ready(r);
             return true;
@@ -1567,7 +1568,7 @@ struct sched_core : immovable {
         }
     }
     void drain() noexcept {
-        if (!inbox_flag.load(std::memory_order_acquire)) return;
+        if (!inbox_flag.load(std::memory_order_relaxed)) return;
         port::unique_lock l(m);
         drain_locked();
     }
@@ -1628,7 +1629,7 @@ struct sched_core : immovable {
         return root->cancel || (root->state.load(std::memory_order_acquire) & frame_base::k_cancel) != 0;
     }
     bool spend() noexcept { return --budget > 0; }
-    bool stopping() const noexcept { return stop_flag.load(std::memory_order_relaxed); }
+    bool stopping() const noexcept { return stop_flag.load(std::memory_order_acquire); }
 
     static void run_chain(runnable* r);
     void take_turn(frame_base* root);
@@ -2053,7 +2054,7 @@ inline void sched_core::park(time_point limit) noexcept {
     time_point until = limit;
     if (options.time == nullptr) until = (std::min)(until, timers.nothing_before());
     if (options.io == nullptr) {
-        auto has_work = [this] { return inbox_flag.load(std::memory_order_acquire); };
+        auto has_work = [this] { return inbox_flag.load(std::memory_order_relaxed); };
         if (park_spin.wait(options.spin, until, has_work)) return;
         port::unique_lock l(m);
         if (inbox_flag.load(std::memory_order_relaxed) || stopping()) return;  // a stop may have been drained with the rest
@@ -2128,7 +2129,7 @@ template <class Done> bool sched_core::pump(Done done, time_point until, std::si
             if (done()) return true;
             if (stopping()) return false;
         }
-        const bool idle_now = ready.empty() && !timers_left && !inbox_flag.load(std::memory_order_acquire);
+        const bool idle_now = ready.empty() && !timers_left && !inbox_flag.load(std::memory_order_relaxed);
         if (idle_now || (++rounds & 15u) == 0) {
             if (until != never && clock::now() >= until) return false;
             poll_driver();
@@ -2142,7 +2143,7 @@ template <class Done> bool sched_core::pump(Done done, time_point until, std::si
         const manual_clock::jump j = options.time->try_jump(this);
         if (j == manual_clock::jump::moved) continue;
         if (j == manual_clock::jump::nothing) {
-            if (inbox_flag.load(std::memory_order_acquire)) continue;
+            if (inbox_flag.load(std::memory_order_relaxed)) continue;
             return false;
         }
         park(until);  // somebody else of this clock is still at work: they wake us when they are idle
@@ -3113,7 +3114,8 @@ public:
         detail::run_scope scope(core_);
         return scope ? core_->run_until_idle() : idle_report{};
     }
-    /// Makes run() return and refuses new work, for good. Thread-safe. Tasks live on until the destructor.
+    /// Makes run() return and refuses new work, for good. Tasks live on until the destructor.
+    /// Thread-safe; what happens before it is visible after the run() that it ends.
     void stop() noexcept { core_->request_stop(); }
 
     std::optional<time_point> next_deadline() const { return core_->timers.earliest(); }
@@ -3184,7 +3186,7 @@ inline void sched_core::run() {
         // A drain ends when nobody outside waits for a task any more, and nothing that was accepted is still unseen.
         // sync: acquire pairs with the release in shutdown(): what was accepted before it, its `external` included, is visible.
         if (draining.load(std::memory_order_acquire) && external.load(std::memory_order_relaxed) == 0 &&
-            !inbox_flag.load(std::memory_order_acquire))
+            !inbox_flag.load(std::memory_order_relaxed))
             return;
         if (n != 0) {
             poll_driver();
@@ -3204,12 +3206,12 @@ inline idle_report sched_core::run_until_idle() {
         report.resumptions += n;
         if (n != 0) continue;
         poll_driver();
-        if (!ready.empty() || inbox_flag.load(std::memory_order_acquire)) continue;
+        if (!ready.empty() || inbox_flag.load(std::memory_order_relaxed)) continue;
         if (options.time != nullptr) {
             set_idle(true, true);
             const manual_clock::jump j = options.time->try_jump(this);
             if (j == manual_clock::jump::moved) continue;
-            if (j == manual_clock::jump::nothing && !inbox_flag.load(std::memory_order_acquire)) break;
+            if (j == manual_clock::jump::nothing && !inbox_flag.load(std::memory_order_relaxed)) break;
             if (j == manual_clock::jump::others) park(never);
         } else if (blocking_calls != 0) {
             park(never);
@@ -8373,7 +8375,8 @@ public:
         }
         RTB_DETAIL_CATCH_ALL {}
         seed_[0] ^= mix_bits(static_cast<std::uint64_t>(clock::now().time_since_epoch().count()));
-        seed_[1] ^= mix_bits(static_cast<std::uint64_t>(unix_ms())) ^ mix_bits(reinterpret_cast<std::uintptr_t>(this) + sources.fetch_add(1));
+        seed_[1] ^= mix_bits(static_cast<std::uint64_t>(unix_ms())) ^ mix_bits(reinterpret_cast<std::uintptr_t>(this) +
+                    sources.fetch_add(1, std::memory_order_relaxed));
     }
     void next(std::uint64_t (&out)[2]) noexcept {
         ++count_;

@@ -13,7 +13,8 @@ Everywhere (g++ 12.2 and others miscompile these; see RULES PEOPLE BREAK in the 
   binding     auto [a, b] = ... co_await ...
   unfinished  marks of unfinished work
 In the two headers:
-  port        a threading facility of std:: or the clock outside // >>port-begin ... // >>port-end
+  port        outside // >>port-begin ... // >>port-end: a threading facility of std::, the clock, or the order seq_cst,
+              which no port is asked for
   include     a header that the library promises not to include
 A plain run in a git checkout also looks at what git tracks:
   layout      a visible top-level entry that was not agreed on, or what an editor or a patch left behind
@@ -34,7 +35,7 @@ TOP_LEVEL = {"runtime_bridge.hpp", "concurrency.hpp", "tests", "meson.build", "C
 LEFT_BEHIND = (".orig", ".rej", ".bak", ".swp", "~")
 FORBIDDEN_INCLUDES = ("future", "stop_token", "semaphore", "format", "iostream", "regex", "ranges", "functional")
 PORT_NAMES = re.compile(r"\bstd\s*::\s*(?:(?:recursive_|timed_|recursive_timed_|shared_|shared_timed_)?mutex|j?thread|"
-                        r"condition_variable\w*|atomic\w*|this_thread)\b|\bsteady_clock\s*::\s*now\b")
+                        r"condition_variable\w*|atomic\w*|this_thread)\b|\bsteady_clock\s*::\s*now\b|\bmemory_order(?:_|\s*::\s*)seq_cst\b")
 UNFINISHED = re.compile(r"\b(?:" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X")) + r")\b")
 CLOSER = {"(": ")", "[": "]", "{": "}"}
 CONTROL = {"if", "while", "for", "switch", "do", "try"}
@@ -533,6 +534,7 @@ HEADER_TEXTS = [
     ("port", "auto n = std::this_thread::get_id();\n"),
     ("port", "std::thread t;\n"),
     ("port", "auto n = std::chrono::steady_clock::now();\n"),
+    ("port", "int f() { return n.load(std::memory_order_seq_cst) + m.load(std::memory_order::seq_cst); }\n"),
     ("port", "// >>port-begin\n// >>port-end\nstd::mutex m;\n"),
     ("port", "// >>port-begin\nstd::mutex m;\n"),
     ("port", "// >>port-end\n"),

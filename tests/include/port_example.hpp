@@ -118,6 +118,7 @@ public:
     }
 };
 
+/// Every operation of the library names its order, and none asks for more than acq_rel (tests/lint_source.py).
 template <class T> class atomic {
     std::atomic<T> a_;
     static void used() noexcept { count.atomics.fetch_add(1, std::memory_order_relaxed); }
@@ -126,18 +127,17 @@ public:
     constexpr atomic(T v = T{}) noexcept : a_(v) {}
     atomic(const atomic&) = delete;
     atomic& operator=(const atomic&) = delete;
-    T load(std::memory_order o = std::memory_order_seq_cst) const noexcept {
+    T load(std::memory_order o) const noexcept {
         used();
         return a_.load(o);
     }
-    void store(T v, std::memory_order o = std::memory_order_seq_cst) noexcept { a_.store(v, o); }
-    T exchange(T v, std::memory_order o = std::memory_order_seq_cst) noexcept { return a_.exchange(v, o); }
-    T fetch_add(T v, std::memory_order o = std::memory_order_seq_cst) noexcept { return a_.fetch_add(v, o); }
-    T fetch_sub(T v, std::memory_order o = std::memory_order_seq_cst) noexcept { return a_.fetch_sub(v, o); }
-    T fetch_or(T v, std::memory_order o = std::memory_order_seq_cst) noexcept { return a_.fetch_or(v, o); }
-    T fetch_and(T v, std::memory_order o = std::memory_order_seq_cst) noexcept { return a_.fetch_and(v, o); }
-    bool compare_exchange_strong(T& e, T v, std::memory_order s = std::memory_order_seq_cst,
-                                 std::memory_order f = std::memory_order_seq_cst) noexcept {
+    void store(T v, std::memory_order o) noexcept { a_.store(v, o); }
+    T exchange(T v, std::memory_order o) noexcept { return a_.exchange(v, o); }
+    T fetch_add(T v, std::memory_order o) noexcept { return a_.fetch_add(v, o); }
+    T fetch_sub(T v, std::memory_order o) noexcept { return a_.fetch_sub(v, o); }
+    T fetch_or(T v, std::memory_order o) noexcept { return a_.fetch_or(v, o); }
+    T fetch_and(T v, std::memory_order o) noexcept { return a_.fetch_and(v, o); }
+    bool compare_exchange_strong(T& e, T v, std::memory_order s, std::memory_order f) noexcept {
         return a_.compare_exchange_strong(e, v, s, f);
     }
 };
