@@ -11,10 +11,12 @@ int main() { return 77; }  // skipped
 #include "runtime_bridge.hpp"
 
 #include "failing_allocator.hpp"
+#include "gate.hpp"
 
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -635,6 +637,16 @@ rtb::task<int> blocking_in_time() {
     const auto r = co_await rtb::with_timeout(1h, rtb::run_blocking(&length, text));
     co_return r && *r == text.size() ? 1 : 0;
 }
+// Inline, where no thread could be had, it does not wait.
+std::string held(gate* door, std::thread::id home, bool throws) {
+    if (std::this_thread::get_id() != home) door->wait();
+    if (throws) throw std::runtime_error(k_long_name);
+    return std::string(k_long_name) + k_long_name;
+}
+rtb::task<void> held_call(gate& door, bool throws) {
+    const std::string result = co_await rtb::run_blocking(&held, &door, std::this_thread::get_id(), throws);
+    static_cast<void>(result);
+}
 }  // namespace
 
 TEST_CASE("run_blocking fails in the task that called it, whatever part of it had no memory") {
@@ -655,6 +667,24 @@ TEST_CASE("run_blocking fails in the task that called it, whatever part of it ha
                 const auto again = s.block_on(blocking_calls());
                 r.expect(again && *again == 1);
                 r.expect(s.stats().live == 0);
+            });
+        }
+    }
+    SUBCASE("on the pool, and the task goes while the call runs: what it returns or throws is dropped there") {
+        for (const bool throws : {false, true}) {
+            every_failure([throws](round_of& r) {
+                gate door;
+                rtb::scheduler s({.on_unhandled = [](std::exception_ptr, std::string_view) {}});  // without a thread it runs here
+                static_cast<void>(r.armed([&] {
+                    auto h = s.spawn(held_call(door, throws));
+                    static_cast<void>(s.poll());
+                    h.cancel();
+                    static_cast<void>(s.poll());
+                }));
+                r.expect(s.stats().live == 0);
+                door.open();
+                const auto again = s.block_on(blocking_calls());
+                r.expect(again && *again == 1);
             });
         }
     }
