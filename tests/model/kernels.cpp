@@ -73,6 +73,26 @@ void stop_against_park() {
     a.join();
     b.join();
 }
+void stop_is_seen() {
+    rtb::scheduler s(quiet());
+    mc::var<int> result{0};
+    thread a("stopper", [&] {
+        result.set(1);
+        s.stop();
+    });
+    s.run();
+    MC_REQUIRE(result.get() == 1);  // what was done before the stop is visible after run()
+    a.join();
+}
+rtb::task<void> waits_for_ever() { co_await rtb::sleep_for((rtb::duration::max)()); }
+void handle_and_scheduler_go() {
+    auto s = std::make_unique<rtb::scheduler>(quiet());
+    auto handle = std::make_unique<rtb::join_handle<void>>(s->spawn(waits_for_ever()));
+    static_cast<void>(s->poll());
+    thread other("holder", [&] { handle.reset(); });  // the last of the two frees what they share
+    s.reset();
+    other.join();
+}
 void spinning_park() {
     rtb::scheduler_options o;
     o.spin = std::chrono::microseconds(50);
@@ -733,10 +753,160 @@ void end_of_a_scheduler_thread() {
     MC_REQUIRE(alive == 0);
 }
 
+// ---- 15. a scheduler that several threads run, look at, or wake ----
+void two_run_at_once() {
+    rtb::scheduler s(quiet());
+    mc::var<int> ran{0};
+    for (int i = 0; i < 2; ++i) s.post([&] { ran.set(ran.get() + 1); });
+    thread other("other", [&] { static_cast<void>(s.poll()); });
+    static_cast<void>(MC_EITHER(s.poll() != 0));  // not while the other one does
+    other.join();
+    static_cast<void>(s.poll());
+    MC_REQUIRE(ran.get() == 2);
+}
+void waiting_for_one_that_begins_to_run() {
+    rtb::scheduler pumped(quiet());
+    auto h = pumped.spawn(seven());
+    rtb::scheduler_thread t(quiet());
+    t.scheduler().post([&] {
+        auto r = h.wait();
+        MC_REQUIRE(r && *r == 7);
+    });
+    static_cast<void>(pumped.poll());  // the one that waits looks who runs this
+    static_cast<void>(pumped.poll());
+}
+rtb::task<void> waits_for(rtb::notify* n) { co_await n->wait(); }
+void forgotten_while_another_posts() {
+    rtb::scheduler s(quiet());
+    rtb::notify n;
+    mc::var<int> ran{0};
+    auto h = s.spawn(waits_for(&n));
+    static_cast<void>(s.poll());
+    thread other("other", [&] {
+        n.notify_one();
+        MC_REQUIRE(s.post([&] { ran.set(1); }));
+    });
+    h.cancel();
+    static_cast<void>(s.poll());
+    other.join();
+    while (s.poll() != 0) {
+    }
+    MC_REQUIRE(ran.get() == 1);
+}
+struct looks_at_its_end {
+    mc::var<int>* v;
+    explicit looks_at_its_end(mc::var<int>* value) : v(value) {}
+    looks_at_its_end(const looks_at_its_end&) = delete;
+    ~looks_at_its_end() { MC_REQUIRE(v->get() == 1); }
+};
+rtb::task<int> busy_until_cancelled(mc::var<int>* v) {
+    const looks_at_its_end local(v);
+    for (int i = 0; i < 3; ++i) co_await rtb::yield();
+    co_await rtb::sleep_for((rtb::duration::max)());
+    co_return 0;
+}
+rtb::task<bool> was_cancelled(rtb::join_handle<int>* h) {
+    auto r = co_await *h;
+    co_return !r && r.error() == rtb::join_errc::cancelled;
+}
+void cancel_publishes() {
+    rtb::scheduler s(quiet());
+    mc::var<int> before{0};
+    auto h = s.spawn(busy_until_cancelled(&before));
+    thread other("other", [&] {
+        before.set(1);  // visible to the destructors of what is cancelled
+        h.cancel();
+    });
+    auto r = s.block_on(was_cancelled(&h));
+    MC_REQUIRE(r && *r);
+    other.join();
+}
+
+// ---- 16. what one thread did before it signals is visible to whoever sees the signal ----
+void done_publishes() {
+    rtb::scheduler_thread t(quiet());
+    mc::var<int> result{0};
+    auto h = t.scheduler().spawn([&]() -> rtb::task<void> {
+        result.set(7);
+        co_return;
+    });
+    while (!h.done()) rtb_port::yield_thread();
+    MC_REQUIRE(result.get() == 7);
+}
+void cancelled_token_publishes() {
+    rtb::cancellation_token token;
+    mc::var<int> why{0};
+    thread canceller("canceller", [&] {
+        why.set(1);
+        token.cancel();
+    });
+    while (!token.is_cancelled()) rtb_port::yield_thread();
+    MC_REQUIRE(why.get() == 1);
+    canceller.join();
+}
+void cancelled_token_publishes_to_a_task() {
+    rtb::cancellation_token token;
+    mc::var<int> why{0};
+    rtb::scheduler s(quiet());
+    thread canceller("canceller", [&] {
+        why.set(1);
+        token.cancel();
+    });
+    auto r = s.block_on([&]() -> rtb::task<void> {
+        co_await token.cancelled();
+        MC_REQUIRE(why.get() == 1);
+    });
+    MC_REQUIRE(r.has_value());
+    canceller.join();
+}
+void closed_channel_publishes() {
+    auto ends = rtb::channel<int>(1);
+    mc::var<int> done[2];
+    const auto produce = [&](int i, rtb::sender<int> tx) {
+        done[i].set(1);  // without a message: the end of the sender is the signal
+        rtb::sender<int> gone(std::move(tx));
+    };
+    thread a("first", [&, tx = ends.first]() mutable { produce(0, std::move(tx)); });
+    thread b("second", [&, tx = std::move(ends.first)]() mutable { produce(1, std::move(tx)); });
+    auto end = ends.second.recv_blocking();
+    MC_REQUIRE(!end && end.error() == rtb::channel_errc::closed);
+    MC_REQUIRE(done[0].get() == 1 && done[1].get() == 1);
+    a.join();
+    b.join();
+}
+
+// ---- 17. watching from outside ----
+// Whatever is said to be stuck is one task: its name, and the line that spawned it.
+rtb::task<void> two_steps() { co_await rtb::yield(); }
+void stuck_is_one_task() {
+    unsigned first_line = 0;
+    rtb::scheduler_options o = quiet();
+    o.stall_threshold = std::chrono::nanoseconds(1);
+    o.on_stall = [&](std::string_view name, std::string_view where, rtb::duration) {
+        const mc::engine_scope untracked;
+        const std::size_t k = name.find('a') == 0 ? 0 : 1;
+        MC_REQUIRE(name == std::string(22, k == 0 ? 'a' : 'b'));
+        MC_REQUIRE(where.substr(where.rfind(':') + 1) == std::to_string(first_line + k));
+    };
+    rtb::scheduler s(o);
+    first_line = __LINE__ + 1;
+    auto h1 = s.spawn(two_steps(), {.name = "aaaaaaaaaaaaaaaaaaaaaa"});
+    auto h2 = s.spawn(two_steps(), {.name = "bbbbbbbbbbbbbbbbbbbbbb"});
+    thread watcher("watcher", [&] {
+        s.check_stall();
+        rtb_port::yield_thread();
+        s.check_stall();
+    });
+    static_cast<void>(s.run_until_idle());
+    watcher.join();
+}
+
 constexpr kernel k_kernels[] = {
     {"submit against park", submit_against_park, 3},
     {"post is run", post_is_run, 3},
     {"stop against park", stop_against_park, 2},
+    {"stop is seen", stop_is_seen, 2},
+    {"handle and scheduler go", handle_and_scheduler_go, 3},
     {"spinning park", spinning_park, 2},
     {"join against completion", join_against_completion, 3},
     {"join with a limit", join_with_a_limit, 2},
@@ -774,6 +944,15 @@ constexpr kernel k_kernels[] = {
     {"spinning bridge", spinning_bridge, 2},
     {"shutdown with a deadline", shutdown_with_a_deadline, 2},
     {"end of a scheduler thread", end_of_a_scheduler_thread, 2},
+    {"two run at once", two_run_at_once, 2},
+    {"waiting for one that begins to run", waiting_for_one_that_begins_to_run, 2},
+    {"forgotten while another posts", forgotten_while_another_posts, 2},
+    {"cancel publishes", cancel_publishes, 2},
+    {"done publishes", done_publishes, 2},
+    {"a cancelled token publishes", cancelled_token_publishes, 2},
+    {"a cancelled token publishes to a task", cancelled_token_publishes_to_a_task, 2},
+    {"a closed channel publishes", closed_channel_publishes, 2},
+    {"stuck is one task", stuck_is_one_task, 2},
 };
 
 }  // namespace

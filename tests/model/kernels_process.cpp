@@ -4,6 +4,7 @@
 #if !defined(RTB_PORT_HEADER)
 #define RTB_PORT_HEADER "port_mc.hpp"
 #endif
+#define MC_SHARED_PTR
 #include "../sim_disk.hpp"
 #include "concurrency.hpp"
 #include "runner.hpp"
@@ -219,10 +220,10 @@ constexpr kernel k_kernels[] = {
     {"runner: poke against stop", poke_against_stop, 2},
     {"runner: on its own thread", runner_on_its_own_thread, 2},
     {"registry: two claims", two_claims, 3},
-    {"journal: two writers", two_writers_of_a_journal, 1},
-    {"journal: close against a writer", close_of_a_journal, 1},
-    {"worker: a row is run", a_row_is_run, 1},
-    {"worker: a row is cancelled", a_row_is_cancelled, 1},
+    {"journal: two writers", two_writers_of_a_journal, 2},
+    {"journal: close against a writer", close_of_a_journal, 2},
+    {"worker: a row is run", a_row_is_run, 2},
+    {"worker: a row is cancelled", a_row_is_cancelled, 2},
 };
 }  // namespace
 

@@ -4,7 +4,7 @@
 // Models  atomics with weak memory (a history of stores, vector clocks), mutexes, condition variables with spurious and
 //         timed wake-ups, threads, virtual time, per-thread data. Checks deadlock, livelock (step limit), data races on
 //         mc::var and, if compiled with -fsanitize=thread -c and linked without it, on all memory; use of destroyed
-//         objects, writes to freed memory, leaks.
+//         objects, destruction that a use by another thread does not happen before, writes to freed memory, leaks.
 // Limits  a load never returns a later store (no load buffering); seq_cst is a little too strong; 8 stores of history.
 //
 // Include it in one translation unit per program: it replaces operator new and delete.
@@ -160,6 +160,13 @@ MC_UNTRACKED inline bool mutant(int n) {
 }
 MC_UNTRACKED inline std::memory_order order(int n, std::memory_order o) { return mutant(n) ? std::memory_order_relaxed : o; }
 
+// Where std::shared_ptr holds objects that threads share (MC_SHARED_PTR), only race detection sees what its counts order.
+#if defined(MC_SHARED_PTR) && !defined(__SANITIZE_THREAD__)
+inline constexpr bool k_destruction = false;
+#else
+inline constexpr bool k_destruction = true;
+#endif
+
 struct granule {  // shadow of 8 bytes
     std::uintptr_t address;
     std::uint64_t execution;
@@ -173,7 +180,7 @@ public:
     options o;
     std::uint64_t execution = 0;
     std::vector<std::unique_ptr<fiber>> fibers;
-    int running = -1, alive = 0;
+    int running = -1, alive = 0, timed_waits = 0;
     std::int64_t time = 0;
     vector_clock sc;
     // choices
@@ -285,6 +292,8 @@ public:
         bool slept = false;
         const int count = static_cast<int>(fibers.size());
         if (!is_free && ++alone > 500) is_free = true;  // a loop that waits for another thread must not starve it
+        if (!is_free && o.how == strategy::dfs && used_preemptions >= o.preemptions && o.spurious == 0 && (timed_waits == 0 || !odd_left()))
+            return decided(me);  // the usual case: there is no choice
         if (w == why::point && alone <= 500) c[n++] = me;
         if (is_free || o.how != strategy::dfs || used_preemptions < o.preemptions) {
             for (int i = 0; i < count; ++i) {
@@ -402,6 +411,7 @@ public:
         f.state = fiber::runnable;
         f.timed_out = timeout;
         f.on = nullptr;
+        if (f.cv && f.timed) --timed_waits;
         f.cv = false;
         if (timeout && f.deadline > time) set_time(f.deadline);
         f.timed = false;
@@ -509,6 +519,7 @@ public:
     void block(const void* on, std::uint32_t key, bool cv, bool timed, std::int64_t deadline) {
         fiber& f = self();
         f.state = fiber::blocked;
+        if (cv && timed) ++timed_waits;
         f.on = on, f.on_key = key, f.cv = cv, f.timed = timed, f.deadline = deadline, f.timed_out = false;
         pick(why::block);
     }
@@ -540,8 +551,8 @@ public:
     std::vector<granule> shadow;  // open addressing; made at the first access
     std::size_t granules_used = 0;
     std::map<const volatile void*, vector_clock> foreign;  // atomics that are not the model's
-    granule& shadow_of(std::uintptr_t a);
-    void access(std::uintptr_t a, std::size_t size, bool write, const void* from);
+    granule* shadow_of(std::uintptr_t a, bool make);
+    void access(std::uintptr_t a, std::size_t size, bool write, const void* from, bool freed = false);
     void end_of_execution() {
         for (block_header* h : quarantine) {
             const unsigned char* p = reinterpret_cast<const unsigned char*>(h + 1);
@@ -582,6 +593,9 @@ MC_UNTRACKED inline void release(void* p) noexcept {
         return;
     }
     engine_scope in;
+#if defined(__SANITIZE_THREAD__)
+    g->access(reinterpret_cast<std::uintptr_t>(p), h->size, true, __builtin_return_address(0), true);
+#endif
     --g->live_blocks;
     h->magic = 0;
     std::memset(p, 0xdd, h->size);
@@ -595,6 +609,7 @@ class object {
     mutable std::uint32_t magic_ = k_alive, key_ = 0, at_ = 0;
     mutable int by_ = 0, toucher_ = -1, shared_ = -1;  // shared_: -1 until somebody asks, in each execution
     mutable std::uint64_t execution_ = 0;
+    mutable vector_clock used_;  // by each thread, the last time
 
 protected:
     constexpr object() noexcept {
@@ -607,7 +622,11 @@ protected:
         engine_scope in;
         touch();
         magic_ = 0xdeadu;
+        if (!k_destruction) return;
+        for (int i = 0; i < k_threads; ++i)
+            if (used_.t[i] > g->self().now.t[i]) g->fail("data race: an object is destroyed, and another thread's use of it does not happen before");
     }
+    void use() const { used_.t[g->running] = g->self().now.t[g->running]; }
     void enlist() noexcept {
         if (g == nullptr || g_off) return;
         by_ = g->running;
@@ -622,7 +641,7 @@ protected:
         bool fresh = false;
         if (execution_ != g->execution) {
             execution_ = g->execution;
-            by_ = 0, at_ = 0, toucher_ = -1;
+            by_ = 0, at_ = 0, toucher_ = -1, used_ = {};
             auto& key = g->globals[this];
             if (key == 0) key = static_cast<std::uint32_t>(g->globals.size());
             key_ = key;
@@ -691,6 +710,7 @@ template <class T> class atomic : object {
             h_->s[0] = {bits(value_), {}, 0, 0, {}};
         }
         check_made();
+        use();
     }
     store_record& newest() const { return h_->s[h_->n - 1]; }
     void put(T v, std::memory_order o, const vector_clock* carried) {
@@ -819,10 +839,12 @@ class mutex : object {
         g->executed(key(), true);
         owner_ = g->running;
         g->self().now.join(message_);
+        use();
     }
     void give() {
         if (owner_ != g->running) g->fail("unlock of a mutex that this thread does not own");
         message_.join(g->self().now);
+        use();
         ++g->self().now.t[g->running];  // what follows is not published
         owner_ = -1;
         g->executed(key(), true);
@@ -951,6 +973,7 @@ class condition_variable : object {
         g->point(shared(), "notify", file, line, key());
         touch();
         check_made();
+        use();  // not so for waits: those that were woken need not have returned
         const int n = g->wake(this, one);
         g->note(one ? "notify_one" : "notify_all", key(), static_cast<std::uint64_t>(n), file, line);
     }
@@ -1052,25 +1075,31 @@ inline bool either(bool c, const char* text, unsigned line) {
 #define MC_REQUIRE(c) ::mc::require((c) ? true : false, "expected: " #c)
 
 // ---- race detection on all memory: called by the code that -fsanitize=thread puts before every access ----
-inline granule& engine::shadow_of(std::uintptr_t a) {
+inline granule* engine::shadow_of(std::uintptr_t a, bool make) {
     constexpr std::size_t size = std::size_t{1} << 15;
     if (shadow.empty()) shadow.resize(size);
     for (std::size_t k = (a * 0x9e3779b97f4a7c15u) >> 49;; k = (k + 1) % size) {
         granule& s = shadow[k];
-        if (s.execution == execution && s.address == a) return s;
+        if (s.execution == execution && s.address == a) return &s;
         if (s.execution == execution) continue;
+        if (!make) return nullptr;
         if (++granules_used > size / 2) fail("too much memory for the race detector");
         std::memset(static_cast<void*>(&s), 0, sizeof s);
         s.address = a;
         s.execution = execution;
-        return s;
+        return &s;
     }
 }
-inline void engine::access(std::uintptr_t a, std::size_t size, bool write, const void* from) {
+/// `freed`: the memory goes. Only what was accessed matters.
+inline void engine::access(std::uintptr_t a, std::size_t size, bool write, const void* from, bool freed) {
     engine_scope in;
     fiber& f = self();
     for (std::size_t i = 0; i < size;) {
-        granule* const s = &shadow_of((a + i) >> 3);
+        granule* const s = shadow_of((a + i) >> 3, !freed);
+        if (s == nullptr) {
+            i += 8 - ((a + i) & 7);
+            continue;
+        }
         for (std::size_t b = (a + i) & 7; b < 8 && i < size; ++b, ++i) {
             bool race = f.now.t[s->writer[b]] < s->written[b];
             const void* other = s->write_code[b];
@@ -1087,7 +1116,7 @@ inline void engine::access(std::uintptr_t a, std::size_t size, bool write, const
             if (race) {
                 char text[160];
                 std::snprintf(text, sizeof text, "data race: a %s of %zu bytes at %p, code at %p, against code at %p (addr2line -Cife)",
-                              write ? "write" : "read", size, reinterpret_cast<void*>(a), from, other);
+                              freed ? "delete" : write ? "write" : "read", size, reinterpret_cast<void*>(a), from, other);
                 fail(text);
             }
         }
@@ -1121,7 +1150,7 @@ template <class F> result explore(engine& e, const options& o, F body, const std
         ++e.execution;
         e.path = warm ? std::vector<engine::node>() : path;
         e.at = 0;
-        e.running = -1, e.alive = 0, e.time = 1000000000, e.sc = {};
+        e.running = -1, e.alive = e.timed_waits = 0, e.time = 1000000000, e.sc = {};
         e.decisions.clear();
         e.script = warm ? std::vector<std::uint8_t>() : script;
         e.sleepers = 0;

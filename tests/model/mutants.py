@@ -4,13 +4,15 @@ notice. The mutants are made from the headers' text: each notify and wake-up lef
 order relaxed, each lock left out, each look under a lock left out, each link of a queue left out; and some by hand.
 
 All of them are compiled into one program per kernel file, with sites like `mc::mutant(17)`; the environment says which one to
-be. A first run sees which kernels reach which site; a mutant is tried on those only: quickly, then with race detection on all
-memory, then at full length. Survivors have to be in EQUIVALENT, with the reason.
+be. A first run sees which kernels reach which site (and that nothing fails without a mutant); a mutant is tried on those only:
+quickly, then with race detection on all memory. Then the ordinary tests that reach it are asked, with real threads and the thread
+sanitizer, and last the kernels at full length. Survivors have to be in EQUIVALENT, with the reason.
 
-Usage: mutants.py [--cxx g++] [--only TEXT] [--list] [--jobs 2] [--keep DIR] [--quick]
-       --only      mutants whose line in the table holds TEXT
+Usage: mutants.py [--cxx g++] [--suite-cxx clang++-19] [--only REGEX] [--list] [--jobs 2] [--keep DIR] [--quick] [--from FILE]
+       --only      mutants whose line in the table matches
        --keep      builds in DIR, and uses what is there
-       --quick     nothing at full length: may leave survivors
+       --quick     only the kernels, and nothing at full length: may leave survivors
+       --from      what an earlier run printed: what was killed there is not tried again
 Exit code 0: nothing survived, and no entry of a list here is stale. Not part of the ordinary tests.
 SPDX-License-Identifier: MIT
 """
@@ -19,6 +21,7 @@ import concurrent.futures
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,8 +29,11 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+TESTS = HERE.parent
 HEADERS = ["runtime_bridge.hpp", "concurrency.hpp"]
 PROGRAMS = ["kernels", "kernels_tasks", "kernels_concurrency", "kernels_process"]  # cheap ones first
+
+SUITE = ["core_*.cpp", "bridge_*.cpp", "intercept_*.cpp", "conc_*.cpp", "child_thread_refused.cpp"]
 
 # By hand: name, text before the place, what is replaced, by what, where MUTANT is true if it is this one.
 BY_HAND = [
@@ -277,9 +283,142 @@ def make_headers(folder):
             if header == HEADERS[1] and old not in rest:
                 sys.exit("mutants: class hold has changed")
             rest = rest.replace(old, new)
-        (folder / header).write_text(text[:begin] + core + rest, encoding="utf-8")
+        text = text[:begin] + core + rest
+        (folder / header).write_text(text, encoding="utf-8")
+        (folder / "native").mkdir(exist_ok=True)
+        begin, end = text.index("struct condition_variable : std::condition_variable {"), text.index("using unique_lock = std::unique_lock<std::mutex>;")
+        (folder / "native" / header).write_text(text[:begin] + "using mc::condition_variable;\nusing std::mutex;\nusing mc::unique_lock;" +
+                                                text[text.index("\n", end):], encoding="utf-8")
+    (folder / "native" / "mutant.hpp").write_text(NATIVE, encoding="utf-8")
     stale = [BY_HAND[k][0] for k in range(len(BY_HAND)) if k not in maker.used]
     return maker.mutants, stale
+
+
+NATIVE = """// Real threads: a lock that is left out, and what asks which mutant to be.
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+namespace mc {
+inline const int g_mutant = std::getenv("MC_MUTANT") != nullptr ? std::atoi(std::getenv("MC_MUTANT")) : 0;
+inline std::atomic<unsigned char> g_reached[4096];
+inline bool mutant(int n) {
+    g_reached[n].store(1, std::memory_order_relaxed);
+    return n == g_mutant;
+}
+inline std::memory_order order(int n, std::memory_order o) { return mutant(n) ? std::memory_order_relaxed : o; }
+inline void write_sites() {
+    std::FILE* f = std::getenv("MC_SITES") != nullptr ? std::fopen(std::getenv("MC_SITES"), "a") : nullptr;
+    if (f == nullptr) return;
+    for (int i = 1; i < 4096; ++i)
+        if (g_reached[i].load(std::memory_order_relaxed) != 0) std::fprintf(f, "%d\\n", i);
+    std::fclose(f);
+}
+inline const int g_at_exit = std::atexit(write_sites);
+struct unique_lock : std::unique_lock<std::mutex> {
+    bool left_out = false;
+    explicit unique_lock(std::mutex& m) : std::unique_lock<std::mutex>(m) {}
+    unique_lock(std::mutex& m, bool leave_out) : std::unique_lock<std::mutex>(m, std::defer_lock), left_out(leave_out) { lock(); }
+    void lock() {
+        if (!left_out) std::unique_lock<std::mutex>::lock();
+    }
+    void unlock() {
+        if (!left_out) std::unique_lock<std::mutex>::unlock();
+    }
+};
+struct condition_variable : std::condition_variable {
+    void wait(unique_lock& l) {
+        if (l.owns_lock()) std::condition_variable::wait(l);
+        else std::this_thread::yield();
+    }
+    void wait_until(unique_lock& l, std::chrono::steady_clock::time_point t) {
+        if (l.owns_lock()) std::condition_variable::wait_until(l, t);
+        else std::this_thread::yield();
+    }
+};
+}  // namespace mc
+"""
+
+
+class Suite:
+    """The ordinary tests, with real threads and the thread sanitizer: they are asked where no kernel goes, or none notices."""
+
+    def __init__(self, folder, cxx):
+        self.folder, self.cxx, self.reached, self.seconds, self.commands = folder / "native", cxx, {}, {}, {}
+
+    def build(self, pool):
+        flags = ["-std=c++20", "-O0", "-w", "-pthread", "-fsanitize=thread", "-include", str(self.folder / "mutant.hpp"), "-I", str(self.folder), "-I", str(TESTS)]
+
+        def compile(source, output, *options):
+            if not output.exists():
+                r = subprocess.run([self.cxx, *flags, *options, str(source), "-o", str(output)], capture_output=True, text=True, check=False)
+                if r.returncode != 0:
+                    sys.exit(f"mutants: {source.name} does not compile\n{r.stderr[:4000]}")
+            return str(output)
+
+        jobs = []
+        for pattern in SUITE:
+            for source in sorted(TESTS.glob(pattern)):
+                alone = not pattern.startswith(("core", "bridge", "intercept", "conc"))
+                jobs.append((pattern, source, pool.submit(compile, source, self.folder / (source.stem + ("" if alone else ".o")),
+                                                          *(() if alone else ("-c", "-DRTB_TEST_HEADER=\"runtime_bridge.hpp\"")))))
+        main = pool.submit(compile, TESTS / "main.cpp", self.folder / "main.o", "-c").result()
+        objects = {}
+        for pattern, source, job in jobs:
+            if job.result().endswith(".o"):
+                objects.setdefault(pattern, []).append(job.result())
+                self.commands[source.name] = [str(self.folder / ("tests_" + pattern.split("_")[0])), f"--source-file=*{source.name}"]
+            else:
+                self.commands[source.name] = [job.result()]
+        for pattern, files in objects.items():
+            program = self.folder / ("tests_" + pattern.split("_")[0])
+            if not program.exists():
+                subprocess.run([self.cxx, "-pthread", "-fsanitize=thread", main, *files, "-o", str(program)], check=True)
+
+    def run(self, name, mutant, patience, **env):
+        """None: passed."""
+        env = {**os.environ, "MC_MUTANT": str(mutant), "TSAN_OPTIONS": "halt_on_error=1", **env}
+        with tempfile.TemporaryDirectory(prefix="rtb-suite-") as d, tempfile.TemporaryFile(dir=d) as out:
+            child = subprocess.Popen(self.commands[name], cwd=d, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                code = child.wait(patience)
+            except subprocess.TimeoutExpired:
+                code = None
+            try:
+                os.killpg(child.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            child.wait()
+            if code in (0, 77):
+                return None
+            out.seek(0)
+            text = out.read().decode(errors="replace")
+            first = re.search(r"WARNING: (ThreadSanitizer: [\w ]+)|(?:ERROR|FATAL ERROR): (.*)|FAILED: (.*)", text)
+            return "no end" if code is None else next(g for g in first.groups() if g).strip() if first else f"exit code {code}"
+
+    def cover(self, pool):
+        def one(name):
+            sites = self.folder / (name + ".sites")
+            begin = time.monotonic()
+            if not sites.exists():
+                found = self.run(name, 0, 600, MC_SITES=str(sites))
+                if found:
+                    sys.exit(f"mutants: {name} fails without a mutant: {found}")
+                sites.open("a").write(f"-{int(time.monotonic() - begin) + 1}\n")
+            numbers = [int(n) for n in sites.read_text().split()]
+            self.reached[name], self.seconds[name] = {n for n in numbers if n > 0}, -min(numbers)
+
+        list(pool.map(one, self.commands))
+
+    def kill(self, m):
+        """As kill() below."""
+        names = sorted((n for n in self.reached if m.number in self.reached[n]), key=lambda n: self.seconds[n] * len(self.reached[n]))
+        for name in names[:8]:
+            if found := self.run(name, m.number, 20 + 5 * self.seconds[name]):
+                return f"{name}: {found[:100]}", True
+        return "", bool(names)
 
 
 class Program:
@@ -311,13 +450,17 @@ class Program:
             found = [f"exit code {r.returncode}"]
         return found, r.stdout
 
-    def cover(self, races):
-        """Which sites the kernels reach, as they are; without a mutant nothing may fail."""
-        found, out = self.run(0, [], races, "--quick", "--sites")
+    def clean(self, races):
+        """Without a mutant nothing may fail."""
+        found, out = self.run(0, [], races, "--quick", *(() if races else ("--sites",)))
         if found:
-            sys.exit(f"mutants: {self.name} fails without a mutant: {found[0]}")
+            sys.exit(f"mutants: {self.name} fails without a mutant{' (races)' if races else ''}: {found[0]}")
+        return out
+
+    def cover(self):
+        """Which sites the kernels reach, as they are."""
         kernel = ""
-        for line in out.splitlines():
+        for line in self.clean(False).splitlines():
             if line.startswith("  sites"):
                 self.reached.setdefault(kernel, set()).update(int(n) for n in line.split()[1:])
             elif m := re.match(r"(.*?)\s+p1 .*?(\d+) ms$", line):
@@ -329,20 +472,26 @@ def matching(table, m):
     return [k for k, (scope, text, kind, _) in enumerate(table) if re.search(scope + "$", m.scope) and text in m.text and kind in m.kind]
 
 
-def kill(programs, m, thorough):
-    """Who notices, "" if nobody; and whether anybody reaches it."""
-    reaching = [(p, sorted((k for k in p.reached if m.number in p.reached[k]), key=p.ms.get)) for p in programs]
-    reaching = [(p, ks) for p, ks in reaching if ks]
+def kill(programs, m, thorough, hints):
+    """Who notices, "" if nobody; and whether anybody reaches it. Quickly, or at full length. `hints`: for each scope the kernels that
+    noticed its other mutants."""
+    reaching = [(p, k) for p in programs for k in p.reached if m.number in p.reached[k]]
     if not reaching:
         return "", False
-    few, more, rest = slice(0, 4), slice(4, 8), slice(4, 16)
+    reaching.sort(key=lambda pk: pk[0].ms[pk[1]] * len(pk[0].reached[pk[1]]))  # those first that are quick and do little else
     plain, race = (False, "--cpu", "20", "--quick"), (True, "--cpu", "60", "--quick")
-    first = [(race, few), (plain, few)] if m.kind.startswith(("no lock", "relaxed")) else [(plain, few), (race, few)]
-    for (races, *options), part in [*first, (plain, rest), (race, more)] + [((False, "--cpu", "200"), slice(None))] * thorough:
-        for p, ks in reaching:
-            if ks[part]:
-                found, _ = p.run(m.number, ks[part], races, "--first", *options)
+    if m.kind.startswith(("no lock", "relaxed")):
+        plain, race = race, plain  # what is looked for first
+    known = [pk for pk in reaching if pk in hints.get(m.scope, ())]
+    stages = [(plain, known), (plain, reaching[:5]), (race, known + reaching[:5]), (plain, reaching[5:20]), (race, reaching[5:20])]
+    if thorough:
+        stages = [((False, "--cpu", "200"), reaching)]
+    for (races, *options), chosen in stages:
+        for p in programs:
+            if kernels := [k for q, k in chosen if q is p]:
+                found, _ = p.run(m.number, kernels, races, "--first", *options)
                 if found:
+                    hints.setdefault(m.scope, set()).update((p, k) for k in kernels if found[0].startswith(k + ":"))
                     return found[0][:140] + (" [races]" if races else ""), True
     return "", True
 
@@ -355,6 +504,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--keep")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--from", dest="earlier", type=pathlib.Path)
+    parser.add_argument("--suite-cxx", default="clang++-19")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rtb-model-") as d:
         folder = pathlib.Path(a.keep or d)
@@ -367,18 +518,41 @@ def main() -> int:
         return run(a, folder, mutants, stale)
 
 
+def killed_before(path):
+    """Who killed which mutant in an earlier run, by the mutant's text without its line."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path else []
+    return {re.sub(r"^killed +(\S+?):\d+ ", r"\1 ", text): killer for text, _, killer in (line.rpartition("  <- ") for line in lines) if text.startswith("killed ")}
+
+
 def run(a, folder, mutants, stale) -> int:
     start = time.monotonic()
     programs = [Program(name, folder, a.cxx) for name in PROGRAMS if (HERE / (name + ".cpp")).exists()]
+    suite = Suite(folder, a.suite_cxx)
+    earlier = killed_before(a.earlier)
     with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
         list(pool.map(lambda task: task[0].build(task[1]), [(p, races) for p in programs for races in (False, True)]))
-        list(pool.map(lambda p: p.cover(False), programs))
+        list(pool.map(lambda p: p.cover(), programs))
+        if not a.only and not a.earlier:
+            list(pool.map(lambda p: p.clean(True), programs))
+        if not a.quick:
+            suite.build(pool)
+            suite.cover(pool)
         print(f"{len(mutants)} mutants; built and looked at what is reached in {time.monotonic() - start:.0f} s", flush=True)
-        chosen = sorted((m for m in mutants if a.only in str(m)), key=lambda m: (-HEADERS.index(m.header), m.line), reverse=False)
-        chosen.sort(key=lambda m: (HEADERS.index(m.header), m.line))
-        count, matched = {}, set()
-        verdicts = pool.map(lambda m: kill(programs, m, not a.quick and not matching(EQUIVALENT, m)), chosen)
-        for m, (killer, reached) in zip(chosen, verdicts):
+        chosen = sorted((m for m in mutants if re.search(a.only, str(m))), key=lambda m: (HEADERS.index(m.header), m.line))
+        count, matched, hints = {}, set(), {}
+
+        def judge(m):
+            if known := earlier.get(f"{m.header} {m.scope}: {m.kind}: {m.text}"):
+                return known, True
+            found, reached = kill(programs, m, False, hints)
+            if found or a.quick or matching(EQUIVALENT, m):
+                return found, reached
+            found, suite_reached = suite.kill(m)
+            if not found and reached:
+                found, _ = kill(programs, m, True, hints)
+            return found, reached or suite_reached
+
+        for m, (killer, reached) in zip(chosen, pool.map(judge, chosen)):
             table = EQUIVALENT if reached else NOT_REACHED
             entries = matching(table, m)
             matched.update((reached, k) for k in entries if not killer)

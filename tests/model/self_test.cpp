@@ -1,5 +1,6 @@
 // The checker checked: on random small programs the search that leaves out repetitions must see exactly what the search without
-// it sees, within the same bounds; a failure must come with a replay that fails in the same way.
+// it sees, within the same bounds; a failure must come with a replay that fails in the same way; an object that goes too early
+// must be noticed.
 // Usage: self_test [--programs N] [--seed N]. Exit code 0: all agree.
 // SPDX-License-Identifier: MIT
 #include "mc.hpp"
@@ -133,8 +134,35 @@ search explore(const std::vector<code>& program, int preemptions, int odd, bool 
     return s;
 }
 
-/// A race that needs one preemption, as text: what the failing child printed.
-std::string failing(const std::string& replay) {
+void lost_update() {  // needs one preemption
+    mc::atomic<int> n{0};
+    const auto step = [&n] { n.store(n.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); };
+    mc::thread other("other", step);
+    step();
+    other.join();
+    MC_REQUIRE(n.load(std::memory_order_relaxed) == 2);
+}
+// Two holders of a count: the last one deletes. Nothing but the count's order keeps the other one's last use before that.
+struct counted {
+    mc::atomic<int> refs{2};
+    mc::atomic<int> used{0};
+    static void drop(counted* c, std::memory_order o) {
+        c->used.store(1, std::memory_order_relaxed);
+        if (c->refs.fetch_sub(1, o) == 1) delete c;
+    }
+};
+void two_holders(std::memory_order o) {
+    counted* const c = new counted;
+    mc::thread other("other", [=] { counted::drop(c, o); });
+    counted::drop(c, o);
+    other.join();
+}
+void relaxed_count() { two_holders(std::memory_order_relaxed); }
+void releasing_count() { two_holders(std::memory_order_release); }
+void ordered_count() { two_holders(std::memory_order_acq_rel); }
+
+/// What the child that runs this printed, if it failed.
+std::string failing(void (*body)(), const std::string& replay = {}) {
     int pipe_of[2];
     if (::pipe(pipe_of) != 0) return {};
     std::fflush(stdout);
@@ -142,20 +170,10 @@ std::string failing(const std::string& replay) {
     if (child == 0) {
         ::dup2(pipe_of[1], 1);
         mc::engine e;
-        e.kernel = "lost update";
+        e.kernel = "self test";
         mc::options o;
         if (!replay.empty()) o.how = mc::strategy::replay;
-        mc::explore(
-            e, o,
-            [] {
-                mc::atomic<int> n{0};
-                const auto step = [&n] { n.store(n.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); };
-                mc::thread other("other", step);
-                step();
-                other.join();
-                MC_REQUIRE(n.load(std::memory_order_relaxed) == 2);
-            },
-            replay);
+        mc::explore(e, o, body, replay);
         std::fflush(stdout);
         ::_exit(0);
     }
@@ -196,14 +214,23 @@ int main(int argc, char** argv) {
             }
         }
     }
-    const std::string first = failing("");
+    const std::string first = failing(lost_update);
     const std::size_t at = first.find("--replay ");
     const std::string replay = at == std::string::npos ? "" : first.substr(at + 9, first.find('\n', at) - at - 9);
-    const std::string second = replay.empty() ? "" : failing(replay);
+    const std::string second = replay.empty() ? "" : failing(lost_update, replay);
     const auto steps_of = [](const std::string& t) { return t.substr(std::min(t.find("the last steps:"), t.size())); };
     if (second.empty() || steps_of(first) != steps_of(second)) {
         ++failed;
         std::printf("a replay does not repeat its failure\n%s\n%s\n", first.c_str(), second.c_str());
+    }
+    for (void (*const body)() : {relaxed_count, releasing_count}) {
+        if (failing(body).find("another thread's use of it does not happen before") != std::string::npos) continue;
+        ++failed;
+        std::printf("an object that goes too early is not noticed\n");
+    }
+    if (const std::string text = failing(ordered_count); !text.empty()) {
+        ++failed;
+        std::printf("a count that is in order is reported\n%s\n", text.c_str());
     }
     std::printf("%d programs, %llu executions, %llu reduced, %d failed\n", programs, static_cast<unsigned long long>(all), static_cast<unsigned long long>(reduced), failed);
     return failed == 0 ? 0 : 1;
