@@ -986,7 +986,7 @@ public:
     manual_clock(const manual_clock&) = delete;
     manual_clock& operator=(const manual_clock&) = delete;
 
-    time_point now() const noexcept { return time_point(duration(now_.load(std::memory_order_acquire))); }
+    time_point now() const noexcept { return time_point(duration(now_.load(std::memory_order_relaxed))); }
     /// Moves time forward (a negative duration does nothing) and wakes the schedulers; timers fire when they are run.
     void advance(duration by) noexcept;
     /// On: a scheduler that has nothing to run jumps to the next timer, once all schedulers of this clock are idle.
@@ -1899,7 +1899,7 @@ inline void sched_core::request_cancel(frame_base* root) noexcept {
         return;
     }
     port::unique_lock l(m);
-    if ((root->state.load(std::memory_order_acquire) & frame_base::k_done) != 0) return;
+    if ((root->state.load(std::memory_order_relaxed) & frame_base::k_done) != 0) return;
     root->inbox_cancel = true;
     enqueue_locked(root);
 }
@@ -2013,7 +2013,7 @@ inline bool sched_core::look(std::string& name, std::string& where) const {
 
 inline void sched_core::check_stall() noexcept {
     if (options.stall_threshold <= duration::zero()) return;
-    const unsigned turn = watch.turn.load(std::memory_order_acquire);
+    const unsigned turn = watch.turn.load(std::memory_order_relaxed);  // look() reads it again
     const time_point t = clock::now();
     duration d{};
     {
@@ -2298,7 +2298,7 @@ inline void manual_clock::wake_all() noexcept {
 }
 inline void manual_clock::advance(duration by) noexcept {
     detail::port::unique_lock l(m_);
-    now_.store(detail::deadline_after(now(), by).time_since_epoch().count(), std::memory_order_release);
+    now_.store(detail::deadline_after(now(), by).time_since_epoch().count(), std::memory_order_relaxed);
     wake_all();
 }
 inline void manual_clock::auto_advance(bool on) noexcept {
@@ -2340,7 +2340,7 @@ inline manual_clock::jump manual_clock::try_jump(detail::sched_core* asking) noe
         }
         return jump::nothing;
     }
-    now_.store(earliest.time_since_epoch().count(), std::memory_order_release);
+    now_.store(earliest.time_since_epoch().count(), std::memory_order_relaxed);
     wake_all();
     return jump::moved;
 }
@@ -2795,7 +2795,7 @@ template <class T> frame_base* make_root(sched_core* c, task<T>&& t, spawn_optio
 inline void refuse_root(frame_base* f) noexcept {
     f->handle().destroy();
     f->has = has_nothing;
-    f->state.fetch_or(frame_base::k_done | frame_base::k_released, std::memory_order_acq_rel);
+    f->state.fetch_or(frame_base::k_done | frame_base::k_released, std::memory_order_relaxed);  // nobody else knows it
 }
 /// False: the root is done already. r must stay valid until it was woken or unregistered.
 inline bool register_joiner(frame_base* f, runnable* r) noexcept {
@@ -2920,11 +2920,10 @@ template <class T> class join_handle {
         if ((f->state.fetch_and(~detail::frame_base::k_handle, std::memory_order_acq_rel) & detail::frame_base::k_released) != 0)
             detail::sched_core::dispose(f);
     }
-    expected<T, join_error> take() {  // precondition: done
+    expected<T, join_error> take() {  // precondition: done, and this thread has seen that
         using slot = detail::result_slot<T>;
         if (f_ != nullptr && f_->core->out_of_reach()) f_ = nullptr;  // left alone: its frame may be half-way through a step
         if (f_ == nullptr || taken_) return rtb::unexpected(taken_ ? join_errc::already_taken : join_errc::cancelled);
-        static_cast<void>(f_->state.load(std::memory_order_acquire));  // sync: pairs with publish(): the result is visible
         taken_ = true;
         struct cleanup {  // also if moving the value throws. The block stays: another thread may be inside cancel() or done()
             detail::frame_base* f;
@@ -4491,7 +4490,7 @@ template <class T> class receiver {
             detail::port::unique_lock l(s_->m);
             enter_locked();
         }
-        bool ready(detail::sched_core*) const noexcept { return s_->hint.load(std::memory_order_acquire) != 0; }
+        bool ready(detail::sched_core*) const noexcept { return s_->hint.load(std::memory_order_relaxed) != 0; }  // resume() looks under m
         bool suspend(detail::runnable* r) noexcept {
             detail::port::unique_lock l(s_->m);
             if (s_->used != 0 || s_->at_end_locked()) return false;
@@ -5690,7 +5689,7 @@ struct service : immovable {
     bool in_callback(const sched_core* c) const noexcept { return c == core && callback != nullptr && c->current == callback; }
     /// True if the scheduler is in the middle of the same step as at the last look: it does not give the thread back.
     bool same_step(unsigned& last_look) const noexcept {
-        const unsigned turn = core->watch.turn.load(std::memory_order_acquire);
+        const unsigned turn = core->watch.turn.load(std::memory_order_relaxed);
         return turn == std::exchange(last_look, turn) && turn % 2 == 1;
     }
     /// The time by which a service that closes should be over. Real time.
@@ -10565,7 +10564,7 @@ struct process_attempt : immovable {
     process_record record;  // control; once the body runs: fixed
     process_lease lease;    // control
     port::atomic<clock::rep> trusted{(std::numeric_limits<clock::rep>::min)()};  // until when the lease is ours for certain
-    port::atomic<bool> lost{false}, cancel_requested{false}, drain{false};
+    port::atomic<bool> lost{false}, cancel_requested{false}, drain{false};       // relaxed: nothing else is read because of them
     cancellation_token token, over;
     notify wake;
     semaphore_permit slot;     // the row task's, except while the body runs: then the body's
@@ -10579,7 +10578,7 @@ struct process_attempt : immovable {
     process_attempt(std::shared_ptr<process_engine> e, std::string process) : engine(std::move(e)), id(std::move(process)) {}
     bool still_owner() const noexcept;
     void request_cancel() noexcept {
-        cancel_requested.store(true, std::memory_order_release);
+        cancel_requested.store(true, std::memory_order_relaxed);
         token.cancel();
     }
 };
@@ -10616,7 +10615,8 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     port::mutex m;
     std::map<std::string, entry> active;  // m: rows that have a row task
     sched_core* control = nullptr;        // m, set once; a reference
-    port::atomic<bool> stopping{false};   // set under m; what stop_ holds is fixed before
+    // sync: set under m; the release pairs with is_stopping(): the two times are fixed before.
+    port::atomic<bool> stopping{false};
     time_point grace_until = never, close_at = never;
     port::atomic<bool> rewalk{false};
 
@@ -10651,14 +10651,14 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     duration margin() const noexcept { return (std::min)((std::max)(duration(std::chrono::seconds(1)), c.lease_ttl / 10), c.lease_ttl / 4); }
     void trust(process_attempt& a, time_point asked) const noexcept {
         const clock::rep until = deadline_after(asked, c.lease_ttl - margin()).time_since_epoch().count();
-        if (until > a.trusted.load(std::memory_order_relaxed)) a.trusted.store(until, std::memory_order_release);
+        if (until > a.trusted.load(std::memory_order_relaxed)) a.trusted.store(until, std::memory_order_relaxed);
     }
-    static time_point trusted_until(const process_attempt& a) noexcept { return time_point(duration(a.trusted.load(std::memory_order_acquire))); }
+    static time_point trusted_until(const process_attempt& a) noexcept { return time_point(duration(a.trusted.load(std::memory_order_relaxed))); }
     void report(std::string_view operation, std::string_view id, const process_error& e, const process_outcome* outcome = nullptr) const noexcept {
         report_fault(c.on_fault, operation, id, e, outcome);
     }
     void lose(process_attempt& a, const process_error& why, const process_outcome* outcome = nullptr) const noexcept {
-        if (!a.lost.exchange(true, std::memory_order_acq_rel)) report("lease", a.id, why, outcome);
+        if (!a.lost.exchange(true, std::memory_order_relaxed)) report("lease", a.id, why, outcome);
         a.token.cancel();
     }
     /// No use asking again with the same arguments.
@@ -10820,9 +10820,9 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         for (;;) {
             co_await self->freed.wait();
             if (self->is_stopping()) co_return;
-            if (!self->more && !self->rewalk.load(std::memory_order_acquire)) continue;
+            if (!self->more && !self->rewalk.load(std::memory_order_relaxed)) continue;
             const semaphore_permit turn = co_await self->walk_lock.acquire();
-            const bool all = self->rewalk.exchange(false, std::memory_order_acq_rel);
+            const bool all = self->rewalk.exchange(false, std::memory_order_relaxed);
             if (all) self->want_all();
             if ((!all && !self->more) || self->is_stopping()) continue;
             const auto call = [&] { return self->walk(false); };
@@ -10839,11 +10839,11 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         if (r.terminal()) return verdict::leave;
         if (r.abandon_request) return verdict::reconcile;
         if (r.disposition == process_disposition::rerunnable) {
-            if (r.cancel_request || a.cancel_requested.load(std::memory_order_acquire)) return verdict::cancel;
+            if (r.cancel_request || a.cancel_requested.load(std::memory_order_relaxed)) return verdict::cancel;
             return r.attempts < r.max_attempts ? verdict::run : verdict::give_up;
         }
         if (r.disposition != process_disposition::owner_bound) return verdict::leave;
-        if (!r.first_started) return r.cancel_request || a.cancel_requested.load(std::memory_order_acquire) ? verdict::cancel : verdict::run;
+        if (!r.first_started) return r.cancel_request || a.cancel_requested.load(std::memory_order_relaxed) ? verdict::cancel : verdict::run;
         // A body of this worker that is not active has ended: its row task outlives it.
         return r.holder_dead || ours(r.first_started->owner) || host.knows_dead(r.first_started->owner) ? verdict::sweep : verdict::leave;
     }
@@ -10874,7 +10874,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
                 if (!r->acquired()) co_return false;
                 a.lease = r->lease();
                 a.record = r->record();
-                if (a.lease.cancel_requested || a.record.cancel_request) a.cancel_requested.store(true, std::memory_order_release);
+                if (a.lease.cancel_requested || a.record.cancel_request) a.cancel_requested.store(true, std::memory_order_relaxed);
                 trust(a, asked);
                 if (now() < trusted_until(a)) co_return true;
                 // Answered too late to be used: nothing has started, so nobody need wait for it to expire.
@@ -10910,7 +10910,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             case verdict::cancel: end = process_outcome::cancelled(a.record.cancel_request ? a.record.cancel_request->reason : std::string()); break;
             case verdict::give_up: end = process_outcome::abandoned(process_abandoner::gave_up, "no attempt is left"); break;
             case verdict::sweep:
-                end = process_outcome::abandoned(a.drain.load(std::memory_order_acquire) ? process_abandoner::owner_drain : process_abandoner::sweep,
+                end = process_outcome::abandoned(a.drain.load(std::memory_order_relaxed) ? process_abandoner::owner_drain : process_abandoner::sweep,
                                                  "started, and its owner is gone");
                 break;
         }
@@ -10926,7 +10926,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     /// Until the store has answered, or the lease can't be trusted any more. Waits between errors.
     template <class T, class F> task<std::optional<result<T>>> insist(process_attempt& a, const char* operation, F call) {
         duration pause = std::chrono::milliseconds(25);
-        while (!a.lost.load(std::memory_order_acquire) && now() < trusted_until(a)) {
+        while (!a.lost.load(std::memory_order_relaxed) && now() < trusted_until(a)) {
             auto asking = contained<T>(call);
             result<T> r = co_await asking;
             if (r) co_return std::move(r);
@@ -10958,7 +10958,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             if (why != process_errc::invalid || replaced || outcome.status() == process_status::abandoned) co_return;
             // The registry does not take this text, of which the fault has a copy: the row must not run again for that.
             replaced = true;
-            a.lost.store(false, std::memory_order_release);
+            a.lost.store(false, std::memory_order_relaxed);
             outcome = process_outcome::failed(std::string("the registry refused what the process ended with: ") + why.what());
         }
     }
@@ -10974,7 +10974,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         std::optional<result<process_record>> r = co_await asking;
         if (r && *r) {
             a.record = std::move(**r);
-            if (a.record.cancel_request) a.cancel_requested.store(true, std::memory_order_release);
+            if (a.record.cancel_request) a.cancel_requested.store(true, std::memory_order_relaxed);
             co_return true;
         }
         if (r && r->error() != process_errc::superseded) {
@@ -11000,7 +11000,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             co_return result<void>();
         }
         a.started = true;
-        if (a.cancel_requested.load(std::memory_order_acquire)) a.token.cancel();
+        if (a.cancel_requested.load(std::memory_order_relaxed)) a.token.cancel();
         a.body = c.bodies != nullptr ? c.bodies->spawn(body(shared), spawn_options{a.id})
                                      : spawn_on(control, body(shared), spawn_options{a.id}, __builtin_FILE(), __builtin_LINE());
 
@@ -11014,7 +11014,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             if (!a.lost.load(std::memory_order_relaxed) && t >= trusted_until(a))
                 lose(a, process_error(process_errc::superseded, "the lease was not renewed in time"));
             const bool lost = a.lost.load(std::memory_order_relaxed);
-            if (a.drain.load(std::memory_order_acquire) && a.record.disposition == process_disposition::owner_bound) a.draining = true;
+            if (a.drain.load(std::memory_order_relaxed) && a.record.disposition == process_disposition::owner_bound) a.draining = true;
             if (destroy_at == never && (lost || a.draining || is_stopping())) {
                 destroy_at = is_stopping() ? grace_until : deadline_after(t, c.shutdown_grace);
                 a.token.cancel();
@@ -11080,7 +11080,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     }
     task<> finish(process_attempt& a, expected<process_text, join_error> got) {
         const bool stops = is_stopping() || a.draining;
-        const bool cancel = a.cancel_requested.load(std::memory_order_acquire);
+        const bool cancel = a.cancel_requested.load(std::memory_order_relaxed);
         std::optional<process_outcome> end;
         std::optional<process_error> again;
         if (got && *got) {
@@ -11096,7 +11096,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
             again = process_error(got.error().cause());
         }
         if (again) report("body", a.id, *again);
-        if (a.lost.load(std::memory_order_acquire)) {  // reported; a lost lease never writes
+        if (a.lost.load(std::memory_order_relaxed)) {  // reported; a lost lease never writes
             if (end) report("lease", a.id, process_error(process_errc::superseded, "the body ended after its lease was lost"), &*end);
             co_return;
         }
@@ -11118,7 +11118,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         decide(a);
         a.body.cancel();  // still there only if this row task is being destroyed
         if (a.body.done()) a.slot.release();
-        a.lost.store(true, std::memory_order_release);
+        a.lost.store(true, std::memory_order_relaxed);
         entry gone;
         bool last = false;
         {
@@ -11171,7 +11171,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         std::vector<std::shared_ptr<process_attempt>> wait_for;
         self->each_active([&](process_attempt& a) {
             if (!a.started || a.record.disposition != process_disposition::owner_bound) return;
-            a.drain.store(true, std::memory_order_release);
+            a.drain.store(true, std::memory_order_relaxed);
             a.wake.notify_one();
             if (auto shared = self->find(a.id)) wait_for.push_back(std::move(shared));
         });
@@ -11210,7 +11210,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
         {
             auto waiting = contained<process_record>(call);  // before the slot goes: it may throw
             a->slot.release();
-            e.rewalk.store(true, std::memory_order_release);
+            e.rewalk.store(true, std::memory_order_relaxed);
             e.freed.notify_one();
             auto first = co_await when_any(std::move(waiting), a->token.cancelled());
             if (first.index() == 0) r = std::move(first).template get<0>();
@@ -11285,7 +11285,7 @@ struct process_engine : std::enable_shared_from_this<process_engine> {
     }
 };
 inline bool process_attempt::still_owner() const noexcept {
-    return !lost.load(std::memory_order_acquire) && engine->now() < process_engine::trusted_until(*this);
+    return !lost.load(std::memory_order_relaxed) && engine->now() < process_engine::trusted_until(*this);
 }
 inline row_ticket::~row_ticket() {
     if (a_ != nullptr) a_->engine->row_over(*a_);
@@ -11312,7 +11312,7 @@ public:
     /// Cancelled when the process is to be cancelled, the lease is lost, or the worker stops. A body that goes on after
     /// a lost lease or a stop is destroyed after shutdown_grace.
     cancellation_token token() const noexcept { return a_.token; }
-    bool cancel_requested() const noexcept { return a_.cancel_requested.load(std::memory_order_acquire); }
+    bool cancel_requested() const noexcept { return a_.cancel_requested.load(std::memory_order_relaxed); }
     /// False once somebody else may own the process: ask before effects that must not happen twice.
     bool still_owner() const noexcept { return a_.still_owner(); }
     const std::shared_ptr<process_registry>& registry() const noexcept;

@@ -992,7 +992,7 @@ public:
     manual_clock(const manual_clock&) = delete;
     manual_clock& operator=(const manual_clock&) = delete;
 
-    time_point now() const noexcept { return time_point(duration(now_.load(std::memory_order_acquire))); }
+    time_point now() const noexcept { return time_point(duration(now_.load(std::memory_order_relaxed))); }
     /// Moves time forward (a negative duration does nothing) and wakes the schedulers; timers fire when they are run.
     void advance(duration by) noexcept;
     /// On: a scheduler that has nothing to run jumps to the next timer, once all schedulers of this clock are idle.
@@ -1905,7 +1905,7 @@ inline void sched_core::request_cancel(frame_base* root) noexcept {
         return;
     }
     port::unique_lock l(m);
-    if ((root->state.load(std::memory_order_acquire) & frame_base::k_done) != 0) return;
+    if ((root->state.load(std::memory_order_relaxed) & frame_base::k_done) != 0) return;
     root->inbox_cancel = true;
     enqueue_locked(root);
 }
@@ -2019,7 +2019,7 @@ inline bool sched_core::look(std::string& name, std::string& where) const {
 
 inline void sched_core::check_stall() noexcept {
     if (options.stall_threshold <= duration::zero()) return;
-    const unsigned turn = watch.turn.load(std::memory_order_acquire);
+    const unsigned turn = watch.turn.load(std::memory_order_relaxed);  // look() reads it again
     const time_point t = clock::now();
     duration d{};
     {
@@ -2304,7 +2304,7 @@ inline void manual_clock::wake_all() noexcept {
 }
 inline void manual_clock::advance(duration by) noexcept {
     detail::port::unique_lock l(m_);
-    now_.store(detail::deadline_after(now(), by).time_since_epoch().count(), std::memory_order_release);
+    now_.store(detail::deadline_after(now(), by).time_since_epoch().count(), std::memory_order_relaxed);
     wake_all();
 }
 inline void manual_clock::auto_advance(bool on) noexcept {
@@ -2346,7 +2346,7 @@ inline manual_clock::jump manual_clock::try_jump(detail::sched_core* asking) noe
         }
         return jump::nothing;
     }
-    now_.store(earliest.time_since_epoch().count(), std::memory_order_release);
+    now_.store(earliest.time_since_epoch().count(), std::memory_order_relaxed);
     wake_all();
     return jump::moved;
 }
@@ -2801,7 +2801,7 @@ template <class T> frame_base* make_root(sched_core* c, task<T>&& t, spawn_optio
 inline void refuse_root(frame_base* f) noexcept {
     f->handle().destroy();
     f->has = has_nothing;
-    f->state.fetch_or(frame_base::k_done | frame_base::k_released, std::memory_order_acq_rel);
+    f->state.fetch_or(frame_base::k_done | frame_base::k_released, std::memory_order_relaxed);  // nobody else knows it
 }
 /// False: the root is done already. r must stay valid until it was woken or unregistered.
 inline bool register_joiner(frame_base* f, runnable* r) noexcept {
@@ -2926,11 +2926,10 @@ template <class T> class join_handle {
         if ((f->state.fetch_and(~detail::frame_base::k_handle, std::memory_order_acq_rel) & detail::frame_base::k_released) != 0)
             detail::sched_core::dispose(f);
     }
-    expected<T, join_error> take() {  // precondition: done
+    expected<T, join_error> take() {  // precondition: done, and this thread has seen that
         using slot = detail::result_slot<T>;
         if (f_ != nullptr && f_->core->out_of_reach()) f_ = nullptr;  // left alone: its frame may be half-way through a step
         if (f_ == nullptr || taken_) return rtb::unexpected(taken_ ? join_errc::already_taken : join_errc::cancelled);
-        static_cast<void>(f_->state.load(std::memory_order_acquire));  // sync: pairs with publish(): the result is visible
         taken_ = true;
         struct cleanup {  // also if moving the value throws. The block stays: another thread may be inside cancel() or done()
             detail::frame_base* f;
@@ -4497,7 +4496,7 @@ template <class T> class receiver {
             detail::port::unique_lock l(s_->m);
             enter_locked();
         }
-        bool ready(detail::sched_core*) const noexcept { return s_->hint.load(std::memory_order_acquire) != 0; }
+        bool ready(detail::sched_core*) const noexcept { return s_->hint.load(std::memory_order_relaxed) != 0; }  // resume() looks under m
         bool suspend(detail::runnable* r) noexcept {
             detail::port::unique_lock l(s_->m);
             if (s_->used != 0 || s_->at_end_locked()) return false;
@@ -5891,7 +5890,7 @@ template <class Value> class call_interceptor {
     template <class> friend class call_host;
 
     std::optional<call_error> take_failure(const call_info& call) noexcept {
-        if (failing_.load(std::memory_order_acquire) == 0) return std::nullopt;
+        if (failing_.load(std::memory_order_relaxed) == 0) return std::nullopt;  // a failure of this call was counted before it got here
         detail::port::unique_lock l(m_);
         for (std::size_t i = 0; i < failures_.size(); ++i) {
             if (failures_[i].first != call.id) continue;
@@ -5908,7 +5907,7 @@ protected:
     void fail(const call_info& call, call_error error) {
         detail::port::unique_lock l(m_);
         failures_.emplace_back(call.id, std::move(error));
-        failing_.fetch_add(1, std::memory_order_release);
+        failing_.fetch_add(1, std::memory_order_relaxed);
     }
 
 public:
@@ -6211,7 +6210,7 @@ template <class Value> class call_host {
                           detail::call_name(call) + (module_known ? ": no such function" : ": no such module"));
     }
     interceptor_ptr interceptor() const {
-        if (!intercepted_.load(std::memory_order_acquire)) return nullptr;
+        if (!intercepted_.load(std::memory_order_relaxed)) return nullptr;  // a hint: what is used is read under m_
         detail::port::unique_lock l(m_);
         return interceptor_;
     }
@@ -6475,7 +6474,7 @@ public:
     /// nullptr removes it. Calls in flight keep the one that they began with.
     void set_interceptor(interceptor_ptr ic) {
         detail::port::unique_lock l(m_);
-        intercepted_.store(ic != nullptr, std::memory_order_release);
+        intercepted_.store(ic != nullptr, std::memory_order_relaxed);
         interceptor_.swap(ic);
     }
     /// The bridge for synchronous calls; without it the host makes its own on the first one that needs it.

@@ -467,6 +467,135 @@ void ask_from_a_task() {
     MC_REQUIRE(w.ends.get() == 1 && w.alive == 0);
 }
 
+// ---- 5. what is asked from outside meanwhile; what the last handle publishes ----
+void sink_is_asked() {
+    seen s;
+    auto [sink, handle] = sink_of::spawn(drain{&s}, small(2, 1));
+    thread other("other", [&] {
+        const rtb::sink_stats stats = sink.stats();
+        MC_REQUIRE(stats.written + stats.pending <= 1);
+        MC_REQUIRE(sink.pending() <= 1 && sink.dropped() == 0);
+    });
+    MC_REQUIRE(sink.try_push(message(1, &s.alive)));
+    handle.cancel();
+    MC_REQUIRE(handle.wait()->written == 1);
+    other.join();
+}
+void periodic_is_asked() {
+    ticks t;
+    auto [worker, handle] = rtb::periodic_worker::spawn(ticking{&t}, seconds(1000), patient());
+    MC_REQUIRE(worker.trigger());
+    thread other("other", [&] {
+        static_cast<void>(worker.stats());
+        static_cast<void>(MC_EITHER(handle.done()));
+    });
+    handle.cancel();
+    MC_REQUIRE(handle.wait());
+    other.join();
+}
+void actor_is_asked() {
+    actor_world w;
+    {
+        auto [actor, handle] = actor_of::spawn(answering{&w.sum, &w.ends}, mailbox(2, rtb::queued_on_stop::reject));
+        MC_REQUIRE(actor.try_send(question{message(1, &w.alive), {}}));
+        thread other("other", [&] { MC_REQUIRE(actor.stats().pending <= 1); });
+        handle.cancel();
+        MC_REQUIRE(handle.wait()->handled <= 1);
+        other.join();
+    }
+    MC_REQUIRE(w.alive == 0);
+}
+struct reading_drain {  // at its end it reads what the producers wrote before they went
+    mc::var<int>* written;
+    void write_batch(std::span<message>) {}
+    void close() { MC_REQUIRE(written[0].get() == 1 && written[1].get() == 1); }
+};
+void the_last_producer_publishes() {
+    mc::var<int> written[2];
+    auto started = sink_of::spawn(reading_drain{written}, small(1, 1));
+    std::optional<sink_of> first(std::move(started.first)), second(first);
+    thread other("other", [&] {
+        written[1].set(1);
+        second.reset();
+    });
+    written[0].set(1);
+    first.reset();
+    MC_REQUIRE(started.second.wait());
+    other.join();
+}
+struct reading_actor {
+    using command = int;
+    mc::var<int>* written;
+    void handle(int) {}
+    void on_shutdown() { MC_REQUIRE(written[0].get() == 1 && written[1].get() == 1); }
+};
+void the_last_sender_publishes() {
+    mc::var<int> written[2];
+    auto started = rtb::actor_handle<int>::spawn(reading_actor{written}, mailbox(1, rtb::queued_on_stop::run));
+    std::optional<rtb::actor_handle<int>> first(std::move(started.first)), second(first);
+    thread other("other", [&] {
+        written[1].set(1);
+        second.reset();
+    });
+    written[0].set(1);
+    first.reset();
+    MC_REQUIRE(started.second.wait());
+    other.join();
+}
+std::size_t sink_size(const message&) { return 2; }
+// Full by bytes long before there is a batch, and nothing happens by itself: a push that waits starts one.
+void full_by_bytes() {
+    seen s;
+    auto config = small(8, 8, rtb::overflow::block);
+    config.byte_capacity = 3;
+    config.flush_interval = (rtb::duration::max)();
+    {
+        auto [sink, handle] = sink_of::spawn(drain{&s}, config);
+        for (int i = 1; i <= 2; ++i) MC_REQUIRE(sink.push_blocking(message(i, &s.alive)));
+        handle.cancel();
+        MC_REQUIRE(handle.wait()->written == 2);
+    }
+    MC_REQUIRE(s.alive == 0);
+}
+rtb::task<int> pushes_two(sink_of* sink, int* alive) {
+    int n = 0;
+    for (int i = 1; i <= 2; ++i) {
+        message m(i, alive);
+        const auto r = co_await sink->push(std::move(m));
+        if (r) ++n;
+    }
+    co_return n;
+}
+void a_task_finds_it_full_by_bytes() {
+    seen s;
+    auto config = small(8, 8, rtb::overflow::block);
+    config.byte_capacity = 3;
+    config.flush_interval = (rtb::duration::max)();
+    {
+        auto [sink, handle] = sink_of::spawn(drain{&s}, config);
+        rtb::scheduler here;
+        auto r = here.block_on(pushes_two(&sink, &s.alive));
+        MC_REQUIRE(r && *r == 2);
+        handle.cancel();
+        MC_REQUIRE(handle.wait()->written == 2);
+    }
+    MC_REQUIRE(s.alive == 0);
+}
+void dropped_until_there_is_room() {
+    seen s;
+    auto config = small(8, 8);
+    config.byte_capacity = 3;
+    config.flush_interval = (rtb::duration::max)();
+    {
+        auto [sink, handle] = sink_of::spawn(drain{&s}, config);
+        MC_REQUIRE(sink.try_push(message(1, &s.alive)));
+        while (!sink.try_push(message(2, &s.alive))) rtb_port::yield_thread();
+        handle.cancel();
+        MC_REQUIRE(handle.wait()->written == 2);
+    }
+    MC_REQUIRE(s.alive == 0);
+}
+
 constexpr kernel k_kernels[] = {
     {"sink: push and flush", push_and_flush, 2},
     {"sink: a push is written without a flush", push_written_without_a_flush, 2},
@@ -497,6 +626,14 @@ constexpr kernel k_kernels[] = {
     {"sink: joined for a while", joined_for_a_while, 2},
     {"sink: full in between", full_in_between, 2},
     {"actor: asked by a task that blocks", ask_from_a_task, 2},
+    {"sink: asked meanwhile", sink_is_asked, 2},
+    {"periodic: asked meanwhile", periodic_is_asked, 2},
+    {"actor: asked meanwhile", actor_is_asked, 2},
+    {"sink: the last producer publishes", the_last_producer_publishes, 2},
+    {"actor: the last sender publishes", the_last_sender_publishes, 2},
+    {"sink: full by bytes", full_by_bytes, 2},
+    {"sink: a task finds it full by bytes", a_task_finds_it_full_by_bytes, 2},
+    {"sink: dropped until there is room", dropped_until_there_is_room, 2},
 };
 }  // namespace
 

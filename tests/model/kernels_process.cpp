@@ -214,6 +214,29 @@ void a_row_is_cancelled() {
     worker.reset();
 }
 
+rtb::task<rtb::expected<std::string, rtb::process_error>> until_told(rtb::process_context& c) {
+    co_await c.token().cancelled();
+    co_return rtb::unexpected(rtb::process_error(rtb::process_errc::cancelled));
+}
+// The worker object goes on another thread than the one that runs its rows.
+void a_worker_goes_while_a_row_runs() {
+    auto registry = std::make_shared<rtb::memory_process_registry>();
+    rtb::durable_process_worker_config c;
+    c.registry = registry;
+    c.handler = [](rtb::process_context& context) { return until_told(context); };
+    c.owner = rtb::process_owner("w");
+    c.lease_ttl = std::chrono::hours(1000);
+    c.renew_every = std::chrono::hours(300);
+    c.shutdown_grace = c.close_timeout = std::chrono::hours(1000);
+    auto worker = std::make_shared<rtb::durable_process_worker>(std::move(c));
+    MC_REQUIRE(now(registry->register_process(a_row("a"))));
+    rtb::scheduler_thread t(quiet());
+    auto h = t.scheduler().spawn(worker->run("a"));
+    worker.reset();
+    auto r = h.wait();
+    MC_REQUIRE(r);
+}
+
 constexpr kernel k_kernels[] = {
     {"runner: poke against park", poke_against_park, 2},
     {"runner: poke during a sweep", poke_during_a_sweep, 2},
@@ -224,6 +247,7 @@ constexpr kernel k_kernels[] = {
     {"journal: close against a writer", close_of_a_journal, 2},
     {"worker: a row is run", a_row_is_run, 2},
     {"worker: a row is cancelled", a_row_is_cancelled, 2},
+    {"worker: it goes while a row runs", a_worker_goes_while_a_row_runs, 2},
 };
 }  // namespace
 

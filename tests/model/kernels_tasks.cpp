@@ -558,6 +558,115 @@ void two_calls_of_one_recording() {  // one of them is answered, the other one h
     static_cast<void>(MC_EITHER(here == 5));
 }
 
+void two_write_a_log() {
+    rtb::call_log<val> log;
+    const auto write = [&] { log.push_back(rtb::call_record<val>{1, 0, "m", "f", false, val(1), val(2), {}, 1, 2}); };
+    thread other("other", write);
+    write();
+    MC_REQUIRE(log.size() >= 1);
+    other.join();
+    MC_REQUIRE(log.size() == 2 && log[1].output->as_number() == 2);
+}
+void two_calls_are_replayed() {
+    auto log = std::make_shared<rtb::call_log<val>>();
+    for (int i = 0; i < 2; ++i) {
+        rtb::call_record<val> r{1, 0, "m", "f", false, val(1), val(5), {}, 1, 2};
+        log->push_back(std::move(r));
+    }
+    auto replay = std::make_shared<rtb::replay_interceptor<val>>(log, rtb::replay_mode::lenient);
+    val_host host;
+    host.set_interceptor(replay);
+    thread other("other", [&] { MC_REQUIRE(calls_here(host) == 5); });
+    MC_REQUIRE(calls_here(host) == 5);
+    static_cast<void>(MC_EITHER(replay->finish()));
+    other.join();
+    MC_REQUIRE(replay->finish());
+}
+void bridge_is_set_against_calls() {
+    val_host host;
+    host.module("m").func("f", [](int n) { return n + 1; });
+    rtb::runtime_bridge b(quiet_bridge());
+    thread other("other", [&] { host.set_bridge(b); });
+    auto r = host.call_import("m", "f", val(1));
+    MC_REQUIRE(r && r->as_number() == 2);
+    other.join();
+}
+
+// ---- 7. ends that are asked from outside, waits that repeat ----
+void ends_are_asked() {
+    auto ends = rtb::channel<int>(1);
+    auto tx = std::move(ends.first);
+    thread other("other", [&] {
+        auto rx = std::move(ends.second);
+        while (!rx.is_closed()) mc::yield();
+    });
+    tx.close();
+    MC_REQUIRE(tx.is_closed());
+    other.join();
+}
+void receiver_closes() {
+    auto ends = rtb::channel<int>(1);
+    thread other("other", [&] {
+        auto rx = std::move(ends.second);
+        rx.close();
+    });
+    while (!ends.first.is_closed()) mc::yield();
+    other.join();
+}
+rtb::task<void> waits_twice(rtb::notify* n) {
+    co_await n->wait();
+    co_await n->wait();
+}
+void notified_twice() {
+    rtb::notify n, again;
+    rtb::scheduler s(quiet());
+    auto h = s.spawn(waits_twice(&n));
+    thread other("other", [&] {
+        n.notify_one();
+        while (!h.done()) {
+            n.notify_one();
+            mc::yield();
+        }
+        s.stop();
+    });
+    s.run();
+    other.join();
+}
+rtb::task<void> acquires_twice(rtb::semaphore* sem) {
+    const auto a = co_await sem->acquire();
+    const auto b = co_await sem->acquire();
+}
+void released_twice() {
+    rtb::semaphore sem(0);
+    rtb::scheduler s(quiet());
+    auto h = s.spawn(acquires_twice(&sem));
+    thread other("other", [&] {
+        sem.release();
+        sem.release();
+        while (!h.done()) mc::yield();
+        s.stop();
+    });
+    s.run();
+    other.join();
+    MC_REQUIRE(sem.available() == 2);
+}
+
+// ---- 8. more of virtual time ----
+rtb::task<void> sleeps_then_stops(rtb::scheduler* s) {
+    co_await rtb::sleep_for(milliseconds(1));
+    s->stop();
+}
+void time_begins_to_jump() {
+    rtb::manual_clock clock;
+    rtb::scheduler_options o = quiet();
+    o.time = &clock;
+    rtb::scheduler s(o);
+    auto h = s.spawn(sleeps_then_stops(&s));
+    thread other("other", [&] { clock.auto_advance(true); });
+    s.run();
+    other.join();
+}
+
 constexpr kernel k_kernels[] = {
     {"channel: a task sends", channel_task_sends, 2},
     {"channel: a task sends with a limit", channel_task_sends_with_a_limit, 2},
@@ -589,6 +698,14 @@ constexpr kernel k_kernels[] = {
     {"interceptor against calls", interceptor_against_calls, 2},
     {"two calls are recorded", two_calls_are_recorded, 2},
     {"two calls of one recording", two_calls_of_one_recording, 2},
+    {"two write a log", two_write_a_log, 2},
+    {"two calls are replayed", two_calls_are_replayed, 2},
+    {"a bridge is set against calls", bridge_is_set_against_calls, 2},
+    {"channel: ends that are asked", ends_are_asked, 2},
+    {"channel: the receiver closes", receiver_closes, 2},
+    {"notify: twice", notified_twice, 2},
+    {"semaphore: twice", released_twice, 2},
+    {"manual clock: time begins to jump", time_begins_to_jump, 2},
 };
 }  // namespace
 

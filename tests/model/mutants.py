@@ -485,7 +485,7 @@ def kill(programs, m, thorough, hints):
     known = [pk for pk in reaching if pk in hints.get(m.scope, ())]
     stages = [(plain, known), (plain, reaching[:5]), (race, known + reaching[:5]), (plain, reaching[5:20]), (race, reaching[5:20])]
     if thorough:
-        stages = [((False, "--cpu", "200"), reaching)]
+        stages = [((True, "--cpu", "60"), reaching[:10]), ((False, "--cpu", "200"), reaching)]
     for (races, *options), chosen in stages:
         for p in programs:
             if kernels := [k for q, k in chosen if q is p]:

@@ -55,7 +55,7 @@ bool explore_all(const kernel& k, const settings& how_to) {
     const bool races = false;
 #endif
     bool exhausted = true;
-    o.executions = races ? (how_to.quick ? 500 : 2000) : deep ? 10000000 : how_to.quick ? 3000 : 1000000;
+    o.executions = races ? (how_to.quick ? 500 : 10000) : deep ? 10000000 : how_to.quick ? 3000 : 1000000;
     if (deep) o.odd = o.stale = 2;
     for (o.preemptions = 1; exhausted && o.preemptions <= most; ++o.preemptions) {
         const mc::result r = mc::explore(e, o, k.body);
