@@ -21,6 +21,7 @@ int main() {
 #    include <unistd.h>
 
 // Counts what is allocated, unless a sanitizer has operators of its own (and a leak checker).
+#    include "intercept_support.hpp"
 #    include "sanitizers.hpp"
 
 namespace {
@@ -83,6 +84,12 @@ void every_way_is_refused() {
             options.on_thread_start = [hook_state] { ++*hook_state; };
             auto made = rtb::runtime_bridge::create(options);
             check(!made.has_value(), "create(options) is refused");
+        }
+        {
+            val_host host;
+            host.module("m").func_async("f", [](int n) -> task<int> { co_return n; });
+            const auto r = host.call_import("m", "f", val(1));
+            check(!r && r.error() == rtb::call_errc::closed, "a synchronous call of an asynchronous function finds no bridge");
         }
         bool thrown = false;
         try {

@@ -181,6 +181,40 @@ TEST_CASE("a file that is removed, replaced or renamed under us is noticed befor
 }
 #endif
 
+TEST_CASE("a journal is asked, and its leases renewed, while others write, compact, lose or close it") {
+    for (const bool lost : {false, true}) {
+        const temporary_directory dir;
+        rtb::journal_options o;
+        o.compact_above = 1;
+        const auto r = journal_process_registry::open(dir.file("j"), o).value();
+        rtb::scheduler s;
+        get(s, r->register_process(registration("held")));
+        const rtb::process_lease lease = get(s, r->claim("held", rtb::process_owner("me"), 1h)).lease();
+        std::atomic<bool> over{false};
+        std::thread asker([&] {
+            rtb::scheduler own;
+            while (!over) {
+                if (r->report().state == journal_state::ok) static_cast<void>(code(own, r->renew(lease, 1h)));
+                static_cast<void>(code(own, r->try_get("held")));
+            }
+        });
+        std::atomic<int> refused{0};
+        std::thread writer([&] {
+            rtb::scheduler own;
+            while (refused == 0)
+                if (code(own, r->register_process(registration("w"))) != process_errc{} || code(own, r->maintain()) != process_errc{}) ++refused;
+        });
+        for (int i = 0; i < 20; ++i) get(s, r->register_process(registration(std::to_string(i).c_str())));
+        if (lost) fs::rename(dir.file("j"), dir.file("k"));  // the next change to be written is refused, and every one after it
+        else get(s, r->close());
+        while (refused == 0) static_cast<void>(code(s, r->register_process(registration("more"))));
+        writer.join();
+        over = true;
+        asker.join();
+        CHECK(r->report().state == (lost ? journal_state::poisoned : journal_state::closed));
+    }
+}
+
 TEST_CASE("claims and compactions from several threads leave a journal that says the same as memory") {
     const temporary_directory dir;
     rtb::journal_options o;

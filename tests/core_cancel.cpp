@@ -770,6 +770,28 @@ TEST_CASE("a jthread's stop request reaches a task") {
     CHECK(woken == 1);
 }
 
+TEST_CASE("several threads make stop_tokens of a token that is being cancelled: each is stopped") {
+    for (int round = 0; round < k_rounds; ++round) {
+        rtb::cancellation_token token;
+        std::stop_token made[2];
+        std::atomic<bool> go{false};
+        std::vector<std::thread> threads;
+        for (std::stop_token& t : made)
+            threads.emplace_back([&] {
+                spin_until(go);
+                t = token;
+            });
+        threads.emplace_back([&] {
+            spin_until(go);
+            token.cancel();
+        });
+        go = true;
+        for (std::thread& t : threads) t.join();
+        CHECK(made[0].stop_requested());
+        CHECK(made[1].stop_requested());
+    }
+}
+
 TEST_CASE("stop requests that race the end of the token are harmless") {
     for (int round = 0; round < k_rounds; ++round) {
         std::stop_source source;

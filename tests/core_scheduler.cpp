@@ -399,6 +399,23 @@ TEST_CASE("a stop in the middle of a pass leaves the rest of it unrun") {
     CHECK(log == "a");
 }
 
+TEST_CASE("what a stop in the middle of a pass leaves is dropped in its order") {
+    std::string log;
+    const auto dropped = [&log](char c) { return std::shared_ptr<void>(nullptr, [&log, c](void*) { log += c; }); };
+    {
+        rtb::scheduler s;
+        s.post([&s, &dropped] {
+            s.post([c = dropped('c')] {});  // ready after those of this pass
+            s.stop();
+        });
+        s.post([a = dropped('a')] {});
+        s.post([b = dropped('b')] {});
+        CHECK(s.poll() == 1);
+        CHECK(log.empty());
+    }
+    CHECK(log == "abc");
+}
+
 TEST_CASE("run waits for a timer in real time") {
     rtb::scheduler s;
     const auto start = std::chrono::steady_clock::now();
