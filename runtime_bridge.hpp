@@ -3942,7 +3942,7 @@ template <class T> struct oneshot_state : immovable {
     runnable* waiter = nullptr;      // m
     std::optional<stored<T>> value;  // the sender's until k_sent, then the receiver's
 
-    bool over() const noexcept { return (flags.load(std::memory_order_acquire) & (k_sent | k_closed)) != 0; }
+    bool over() const noexcept { return (flags.load(std::memory_order_relaxed) & (k_sent | k_closed)) != 0; }  // who takes looks again
     /// The sender's last act. False: the receiver is gone and the state is the caller's.
     bool leave(unsigned how) noexcept {
         unsigned f = flags.load(std::memory_order_acquire);

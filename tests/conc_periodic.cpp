@@ -887,6 +887,21 @@ TEST_CASE("a tick that hangs does not block the shutdown: it is destroyed when t
     CHECK_FALSE(report->stuck);
 }
 
+TEST_CASE("a second cancel does not give a hanging tick more time") {
+    book b;
+    world w;
+    rtb::cancellation_token token;
+    auto started = periodic_worker::spawn_on(w.s, recorder{&w, &b, hanging()}, 10s, token);
+    w.run_to(12s);
+    started.cancel();
+    w.run_to(14s);
+    started.cancel();
+    token.cancel();
+    w.run_to(17'001ms);
+    CHECK(b.destroyed == 1);
+    CHECK(b.shutdown_at == 17'000);
+}
+
 TEST_CASE("a running tick may finish within the grace") {
     book b;
     world w;

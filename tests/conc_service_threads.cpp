@@ -649,6 +649,20 @@ TEST_CASE("an actor that blocks for another one which stops meanwhile gets close
     CHECK(join.wait().value().rejected == 1);
 }
 
+TEST_CASE("an ask that is refused leaves nothing behind that looks like a wait") {
+    rtb::scheduler_thread asker, owner;
+    auto [h, join] = handle::spawn_on(owner.scheduler(), doubling());
+    join.cancel();
+    CHECK(join.wait().has_value());
+    const auto asks = [&h2 = h]() -> task<bool> { co_return h2.ask_blocking<int, cmd>(1).error() == actor_errc::closed; };
+    CHECK(asker.scheduler().spawn(asks).wait().value());
+    // Now the other way round: the asker's thread waits for nobody, so waiting for it closes no cycle.
+    const auto calls_back = [&asker]() -> task<bool> {
+        co_return asker.scheduler().spawn([]() -> task<int> { co_return 7; }).wait().has_value();
+    };
+    CHECK(owner.scheduler().spawn(calls_back).wait().value());
+}
+
 TEST_CASE("wait_for on a worker that goes on is timed_out; join from another scheduler ends with it") {
     std::atomic<int> ticks{0}, shutdowns{0};
     auto started = periodic_worker::spawn(ticking{&ticks, &shutdowns}, 1ms);

@@ -875,6 +875,36 @@ void closed_channel_publishes() {
     b.join();
 }
 
+// Whoever was woken may destroy what it waited for.
+rtb::task<void> notified_then_destroys(std::unique_ptr<rtb::notify> n) {
+    co_await n->wait();
+    n.reset();
+}
+void notified_last() {
+    rtb::scheduler s(quiet());
+    auto n = std::make_unique<rtb::notify>();
+    rtb::notify* const raw = n.get();
+    thread other("notifier", [raw] { raw->notify_one(); });
+    auto r = s.block_on(notified_then_destroys(std::move(n)));
+    MC_REQUIRE(r.has_value());
+    other.join();
+}
+rtb::task<void> acquires_then_destroys(std::unique_ptr<rtb::semaphore> sem) {
+    {
+        const auto permit = co_await sem->acquire();
+    }
+    sem.reset();
+}
+void released_last() {
+    rtb::scheduler s(quiet());
+    auto sem = std::make_unique<rtb::semaphore>(0);
+    rtb::semaphore* const raw = sem.get();
+    thread other("releaser", [raw] { raw->release(); });
+    auto r = s.block_on(acquires_then_destroys(std::move(sem)));
+    MC_REQUIRE(r.has_value());
+    other.join();
+}
+
 // ---- 17. watching from outside ----
 // What is said to be stuck is named in full, with the line that spawned it.
 void stuck_is_named() {
@@ -950,6 +980,8 @@ constexpr kernel k_kernels[] = {
     {"a cancelled token publishes to a task", cancelled_token_publishes_to_a_task, 2},
     {"a closed channel publishes", closed_channel_publishes, 2},
     {"what is stuck is named", stuck_is_named, 2},
+    {"notify: the last one", notified_last, 2},
+    {"semaphore: the last one", released_last, 2},
 };
 
 }  // namespace
