@@ -1115,7 +1115,7 @@ struct alignas(16) frame_base : runnable {
     arm_owner* arms = nullptr;  // root: the combinator that its leaf waits in
     frame_base() noexcept : has(has_nothing), started(false), done(false), keep_block(false), name_is_long(false), has_deadline(false), is_chain(false), line(0), spawned_ms(0), short_name{} {}
 
-    // state bits. sync: every change is acq_rel, so whoever sees k_done sees the result, and whoever frees the block sees
+    // state bits. sync: every change that others can see is acq_rel: who sees k_done sees the result, who frees the block sees
     // every use of it.
     static constexpr unsigned k_done = 1, k_handle = 2, k_joiner = 4, k_cancel = 8, k_released = 16;
 

@@ -962,6 +962,23 @@ TEST_CASE("an on_shutdown that hangs is destroyed after as much time again, and 
     CHECK(join.wait().value().failures == 1);
 }
 
+TEST_CASE("an on_shutdown that hangs after the last handle went is destroyed when its grace is over") {
+    const quiet q;
+    script k;
+    world w(&k);
+    k.shutdown = [] { return hang(); };
+    auto started = handle::spawn_on(w.s, actor(&k));
+    w.run_to(1s);
+    {
+        const handle last = std::move(started.first);
+    }
+    w.run_to(5'999ms);
+    CHECK_FALSE(started.second.done());
+    w.run_to(6'001ms);
+    CHECK(started.second.done());
+    CHECK(started.second.wait().value().failures == 1);
+}
+
 TEST_CASE("an on_shutdown that sends gets closed and its command back") {
     script k;
     world w(&k);

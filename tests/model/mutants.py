@@ -120,6 +120,8 @@ EQUIVALENT: list = [
     ("oneshot_state::leave", "", "relaxed, not acquire", "the step that follows is acq_rel"),
     ("sched_core::destroy_all", "starting.pop_front|pass.pop_front", "seems empty", "empty between steps, except after a forced unwind: tests/child_forced_unwind.cpp"),
     ("journal_core::serve", "unique_lock", "no lock", "only the leader changes the state"),
+    ("joined", "unique_lock", "no lock", "whoever comes here has seen `over` under m, and the report does not change after that"),
+    ("actor_service::destroy_user", "unique_lock", "no lock", "nobody reads the report before `over`, which is set under m"),
 ]
 
 # Sites that neither a kernel nor a test of SUITE reaches: the same, and why that is so, or which other test reaches them.
