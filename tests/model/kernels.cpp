@@ -1,5 +1,6 @@
 // The header's hand-made synchronisation, in small pieces (at most three threads each), on the model checker.
 // Usage: kernels [--deep] [--kernel NAME] [--replay STRING] [--seed N] [--list]. Exit code 0: all hold.
+// ctest-timeout: 400
 // SPDX-License-Identifier: MIT
 #if !defined(RTB_PORT_HEADER)
 #define RTB_PORT_HEADER "port_mc.hpp"

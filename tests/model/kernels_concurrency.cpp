@@ -1,5 +1,6 @@
 // The primitives of concurrency.hpp, each on a thread of its own, in small pieces on the model checker.
 // Usage: as kernels.cpp. Exit code 0: all hold.
+// ctest-timeout: 400
 // SPDX-License-Identifier: MIT
 #if !defined(RTB_PORT_HEADER)
 #define RTB_PORT_HEADER "port_mc.hpp"

@@ -1,6 +1,7 @@
 // What tasks wait for (channels, groups, notices, operations of other libraries), drivers, virtual time and intercepted calls,
 // in small pieces on the model checker.
 // Usage: as kernels.cpp. Exit code 0: all hold.
+// ctest-timeout: 400
 // SPDX-License-Identifier: MIT
 #if !defined(RTB_PORT_HEADER)
 #define RTB_PORT_HEADER "port_mc.hpp"
