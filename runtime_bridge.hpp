@@ -1780,7 +1780,7 @@ inline void sched_core::take_turn(frame_base* root) {
     current = root;
     if (watch.filled_for != root && root->is_root) fill_watch(root);
     const unsigned turn = watch.turn.load(std::memory_order_relaxed);
-    watch.turn.store(turn + 1, std::memory_order_relaxed);
+    watch.turn.store(turn + 1, std::memory_order_release);  // sync: pairs with look(): who sees this turn sees whose it is
     root->running = true;
     frame_base* f = root->leaf;
     do {
