@@ -17,6 +17,7 @@ Exit code 0: nothing survived, and no entry of a list here is stale. Not part of
 SPDX-License-Identifier: MIT
 """
 import argparse
+import collections
 import concurrent.futures
 import os
 import pathlib
@@ -143,6 +144,9 @@ CHAIN = r"(?:\w+(?:\(\))?(?:\.|->|::))*"
 class Mutant:
     def __init__(self, number, kind, header, line, scope, text):
         self.number, self.kind, self.header, self.line, self.scope, self.text = number, kind, header, line, scope, text
+
+    def name(self):
+        return f"{self.header} {self.scope}: {self.kind}: {self.text}"
 
     def __str__(self):
         return f"{self.header}:{self.line} {self.scope}: {self.kind}: {self.text}"
@@ -561,11 +565,11 @@ def run(a, folder, mutants, stale) -> int:
             suite.cover(pool)
         print(f"{len(mutants)} mutants; built and looked at what is reached in {time.monotonic() - start:.0f} s", flush=True)
         chosen = sorted((m for m in mutants if re.search(a.only, str(m))), key=lambda m: (HEADERS.index(m.header), m.line))
-        count, matched, hints = {}, set(), {}
+        count, matched, hints, names = {}, set(), {}, collections.Counter(m.name() for m in mutants)
 
         def judge(m):
-            if known := earlier.get(f"{m.header} {m.scope}: {m.kind}: {m.text}"):
-                return known, True
+            if m.name() in earlier and names[m.name()] == 1:  # the same text may stand twice in a function
+                return earlier[m.name()], True
             found, reached = kill(programs, m, False, hints)
             if found or a.quick or matching(EQUIVALENT, m):
                 return found, reached
