@@ -192,16 +192,21 @@ rtb::task<rtb::expected<std::string, rtb::process_error>> until_cancelled(rtb::p
     MC_REQUIRE(c.cancel_requested() && c.still_owner());
     co_return rtb::unexpected(rtb::process_error(rtb::process_errc::cancelled));
 }
-void a_row_is_cancelled() {
-    auto registry = std::make_shared<rtb::memory_process_registry>();
+/// Time runs as it likes here, so nothing in it ends by itself.
+std::shared_ptr<rtb::durable_process_worker> patient_worker(std::shared_ptr<rtb::process_registry> registry,
+                                                            rtb::task<rtb::expected<std::string, rtb::process_error>> (*body)(rtb::process_context&)) {
     rtb::durable_process_worker_config c;
-    c.registry = registry;
-    c.handler = [](rtb::process_context& context) { return until_cancelled(context); };
+    c.registry = std::move(registry);
+    c.handler = [body](rtb::process_context& context) { return body(context); };
     c.owner = rtb::process_owner("w");
     c.lease_ttl = std::chrono::hours(1000);
     c.renew_every = std::chrono::hours(300);
     c.shutdown_grace = c.close_timeout = std::chrono::hours(1000);
-    auto worker = std::make_shared<rtb::durable_process_worker>(std::move(c));
+    return std::make_shared<rtb::durable_process_worker>(std::move(c));
+}
+void a_row_is_cancelled() {
+    auto registry = std::make_shared<rtb::memory_process_registry>();
+    auto worker = patient_worker(registry, until_cancelled);
     MC_REQUIRE(now(registry->register_process(a_row("a"))));
     {
         rtb::scheduler_thread t(quiet());
@@ -222,14 +227,7 @@ rtb::task<rtb::expected<std::string, rtb::process_error>> until_told(rtb::proces
 // The worker object goes on another thread than the one that runs its rows.
 void a_worker_goes_while_a_row_runs() {
     auto registry = std::make_shared<rtb::memory_process_registry>();
-    rtb::durable_process_worker_config c;
-    c.registry = registry;
-    c.handler = [](rtb::process_context& context) { return until_told(context); };
-    c.owner = rtb::process_owner("w");
-    c.lease_ttl = std::chrono::hours(1000);
-    c.renew_every = std::chrono::hours(300);
-    c.shutdown_grace = c.close_timeout = std::chrono::hours(1000);
-    auto worker = std::make_shared<rtb::durable_process_worker>(std::move(c));
+    auto worker = patient_worker(registry, until_told);
     MC_REQUIRE(now(registry->register_process(a_row("a"))));
     rtb::scheduler_thread t(quiet());
     auto h = t.scheduler().spawn(worker->run("a"));
