@@ -3182,11 +3182,12 @@ inline void sched_core::count_spawn(sched_core* c) noexcept {
 inline void sched_core::run() {
     while (!stopping()) {
         const std::size_t n = run_some(64);
-        // A drain ends when nobody outside waits for a task any more, and nothing that was accepted is still unseen.
+        // A drain ends when nobody outside waits for a task any more, after a last pass: what was posted before it has run then.
         // sync: acquire pairs with the release in shutdown(): what was accepted before it, its `external` included, is visible.
-        if (draining.load(std::memory_order_acquire) && external.load(std::memory_order_relaxed) == 0 &&
-            !inbox_flag.load(std::memory_order_relaxed))
-            return;
+        if (draining.load(std::memory_order_acquire) && external.load(std::memory_order_relaxed) == 0) {
+            static_cast<void>(poll());
+            if (external.load(std::memory_order_relaxed) == 0) return;
+        }
         if (n != 0) {
             poll_driver();
             continue;
@@ -4743,8 +4744,7 @@ public:
         if constexpr (k_is_awaiter) {
             if (immediate_) return static_cast<R>(a_.await_resume());
         }
-        auto& p = shim_.promise();
-        { port::unique_lock l(p.m); }  // the operation's thread has left the shim after this
+        auto& p = shim_.promise();  // its thread may still be on its way out; what it wrote was published by the wake-up
 #if RTB_DETAIL_EXCEPTIONS
         if (p.error) std::rethrow_exception(p.error);
 #endif
@@ -11443,8 +11443,7 @@ struct process_runner : immovable {
     ~process_runner() {
         for (worker* w : {control, bodies}) {
             if (w == nullptr) continue;
-            w->core()->request_stop();
-            w->abandon();  // does nothing if it was joined
+            w->abandon();  // does nothing if it was joined; ended() has stopped it
             w->drop_ref();
         }
     }

@@ -3188,11 +3188,12 @@ inline void sched_core::count_spawn(sched_core* c) noexcept {
 inline void sched_core::run() {
     while (!stopping()) {
         const std::size_t n = run_some(64);
-        // A drain ends when nobody outside waits for a task any more, and nothing that was accepted is still unseen.
+        // A drain ends when nobody outside waits for a task any more, after a last pass: what was posted before it has run then.
         // sync: acquire pairs with the release in shutdown(): what was accepted before it, its `external` included, is visible.
-        if (draining.load(std::memory_order_acquire) && external.load(std::memory_order_relaxed) == 0 &&
-            !inbox_flag.load(std::memory_order_relaxed))
-            return;
+        if (draining.load(std::memory_order_acquire) && external.load(std::memory_order_relaxed) == 0) {
+            static_cast<void>(poll());
+            if (external.load(std::memory_order_relaxed) == 0) return;
+        }
         if (n != 0) {
             poll_driver();
             continue;
@@ -4749,8 +4750,7 @@ public:
         if constexpr (k_is_awaiter) {
             if (immediate_) return static_cast<R>(a_.await_resume());
         }
-        auto& p = shim_.promise();
-        { port::unique_lock l(p.m); }  // the operation's thread has left the shim after this
+        auto& p = shim_.promise();  // its thread may still be on its way out; what it wrote was published by the wake-up
 #if RTB_DETAIL_EXCEPTIONS
         if (p.error) std::rethrow_exception(p.error);
 #endif
@@ -5726,10 +5726,10 @@ public:
         b.in_flight = b.requests > over ? b.requests - over : 0;
         return b;
     }
-    /// Refuses new work at once. drain: finishes what somebody waits for, then destroys the rest. abort: destroys everything
-    /// (waiters get `response_lost`). Then the worker ends. At the deadline a drain becomes an abort; a step that does not
-    /// return is reported as stuck. On the worker itself: returns at once, the rest happens after the current step.
-    /// Idempotent, from any thread.
+    /// Refuses new work at once. drain: runs what was posted, finishes what somebody waits for, then destroys the rest. abort:
+    /// destroys everything (waiters get `response_lost`). Then the worker ends. At the deadline a drain becomes an abort; a step
+    /// that does not return is reported as stuck. On the worker itself: returns at once, the rest happens after the current
+    /// step. Idempotent, from any thread.
     shutdown_report shutdown(shutdown_mode mode = shutdown_mode::drain, time_point deadline = never) noexcept {
         shutdown_report report;
         if (s_ == nullptr || s_->core()->forked()) return report;

@@ -475,6 +475,29 @@ TEST_CASE("random calls between four bridges never hang: each gets its value or 
     CHECK(others == 0);
 }
 
+TEST_CASE("a bridge that is shut down by a call of its own task ends, and with it whoever waits for something that never comes") {
+    rtb::runtime_bridge a, b;
+    rtb::notify never;
+    std::thread waiter([&] {
+        // The bound is only for a library that fails: then the test reports instead of hanging.
+        auto r = b.block_on_for(20s, [&]() -> task<int> {
+            co_await never.wait();
+            co_return 1;
+        });
+        CHECK((!r && r.error() == bridge_errc::response_lost));
+    });
+    while (b.stats().in_flight == 0) std::this_thread::yield();
+    auto asked = b.spawn([&]() -> task<int> {
+        auto r = a.block_on([&]() -> task<int> {
+            b.shutdown();  // b waits for this call
+            co_return 2;
+        });
+        co_return r.value();
+    });
+    waiter.join();
+    CHECK(asked.wait().value_or(2) == 2);
+}
+
 TEST_CASE("a bridge that another bridge's task destroys does not hang on a call back to it") {
     rtb::runtime_bridge a;
     auto b = std::make_unique<rtb::runtime_bridge>();

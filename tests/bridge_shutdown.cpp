@@ -910,6 +910,23 @@ TEST_CASE("on a dead bridge nothing is called, and arguments are destroyed") {
     CHECK(!bridge.scheduler().post([] {}));
 }
 
+TEST_CASE("a drain runs what was posted before it, however much that is") {
+    rtb::runtime_bridge bridge;
+    gate busy, go;
+    int ran = 0;
+    REQUIRE(bridge.scheduler().post([&] {
+        busy.open();
+        go.wait();
+    }));
+    busy.wait();
+    for (int i = 0; i < 1000; ++i) REQUIRE(bridge.scheduler().post([&] { ++ran; }));
+    std::thread closer([&] { bridge.shutdown(); });
+    until_dead(bridge);
+    go.open();
+    closer.join();
+    CHECK(ran == 1000);
+}
+
 TEST_CASE("handles outlive the bridge: results stay, the rest says cancelled") {
     rtb::join_handle<std::string> done, never_done;
     rtb::join_handle<> failed;

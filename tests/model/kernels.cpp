@@ -391,6 +391,17 @@ rtb::task<payload> make_payload_slowly(int* alive) {
     co_await rtb::sleep_for(milliseconds(1));
     co_return payload(7, alive);
 }
+void post_against_drain() {
+    mc::var<int> ran{0};
+    bool accepted = false;
+    {
+        rtb::runtime_bridge b(quiet_bridge());
+        thread other("poster", [&] { accepted = b.scheduler().post([&] { ran.set(1); }); });
+        b.shutdown();
+        other.join();
+    }
+    MC_REQUIRE(ran.get() == (MC_EITHER(accepted) ? 1 : 0));
+}
 void block_on_against_drain() {
     int alive = 0;
     {
@@ -560,6 +571,42 @@ void an_answered_wait_is_no_edge() {
     auto rb = hb.wait();
     MC_REQUIRE(ra && *ra == 7);
     MC_REQUIRE(rb && *rb == 7);
+}
+
+// Of the edges from b and from c there is never more than one, so there is no cycle, whatever looks find one after the other.
+// Locks that are held for a while make looks fall just between the changes.
+void a_cycle_that_never_stood() {
+    using core = rtb::detail::sched_core;
+    core* const cores[] = {new core(quiet()), new core(quiet()), new core(quiet())};
+    core &a = *cores[0], &b = *cores[1], &c = *cores[2];
+    for (core* k : cores) k->leader = k;
+    mc::atomic<bool> ready{false};
+    thread other("other", [&] {
+        b.edge_m.lock();
+        ready.store(true, std::memory_order_release);
+        for (int i = 0; i < 3; ++i) {
+            b.edge_to = &c;
+            ++b.edge_epoch;
+            c.edge_m.lock();
+            b.edge_m.unlock();
+            mc::yield();
+            b.edge_m.lock();
+            b.edge_to = nullptr;
+            c.edge_to = &a;
+            ++c.edge_epoch;
+            c.edge_m.unlock();
+            mc::yield();
+            c.edge_m.lock();
+            c.edge_to = nullptr;
+            c.edge_m.unlock();
+        }
+        b.edge_m.unlock();
+    });
+    while (!ready.load(std::memory_order_acquire)) mc::yield();
+    MC_REQUIRE(rtb::detail::publish_edge(&a, &b, rtb::detail::never));
+    rtb::detail::clear_edge(&a);
+    other.join();
+    for (core* k : cores) k->drop_ref();
 }
 
 // ---- 9. manual_clock ----
@@ -952,6 +999,7 @@ constexpr kernel k_kernels[] = {
     {"channel of one", channel_of_one, 2},
     {"channel: close against send", channel_close_against_send, 2},
     {"channel with limits", channel_with_limits, 2},
+    {"post against drain", post_against_drain, 2},
     {"block_on against drain", block_on_against_drain, 2},
     {"block_on against abort", block_on_against_abort, 2},
     {"block_on with a limit", block_on_with_a_limit, 2},
@@ -964,6 +1012,7 @@ constexpr kernel k_kernels[] = {
     {"token: cancel against a task", token_cancel_against_task, 2},
     {"a cycle of two workers", a_cycle_of_two, 2},
     {"an answered wait is no edge", an_answered_wait_is_no_edge, 2},
+    {"a cycle that never stood", a_cycle_that_never_stood, 2},
     {"manual clock: advance against park", advance_against_park, 3},
     {"semaphore against cancel", semaphore_against_cancel, 2},
     {"notify against cancel", notify_against_cancel, 2},

@@ -34,6 +34,7 @@ struct sweeping final : rtb::process_run_handle {
     mc::var<int> sweeps{0}, stops{0};
     rtb::oneshot_sender<int> found;
     bool slow, between = false;
+    rtb::duration patience = (rtb::duration::max)();  // time runs as it likes here: nobody is stuck
     sweeping(rtb::oneshot_sender<int> tx, bool takes_long) : found(std::move(tx)), slow(takes_long) {}
     rtb::task<nothing> claim_and_run_pending() override {
         sweeps.set(sweeps.get() + 1);
@@ -47,7 +48,7 @@ struct sweeping final : rtb::process_run_handle {
         stops.set(stops.get() + 1);
         co_return rtb::process_work_report();
     }
-    rtb::duration close_timeout() const noexcept override { return (rtb::duration::max)(); }  // time runs as it likes here: nobody is stuck
+    rtb::duration close_timeout() const noexcept override { return patience; }
 };
 void poke_against_a_loop(bool slow) {
     auto answer = rtb::oneshot<int>();
@@ -95,6 +96,20 @@ void runner_on_its_own_thread() {
         MC_REQUIRE(!poke.poke());
     }
     MC_REQUIRE(run->stops.get() == 1);
+}
+
+// It is given up, and left behind, while it takes its last steps.
+void runner_that_is_given_up() {
+    auto answer = rtb::oneshot<int>();
+    auto run = std::make_shared<sweeping>(std::move(answer.first), false);
+    run->patience = milliseconds(1);
+    rtb::set_log_handler([](rtb::log_level, std::string_view) noexcept {});
+    auto [poke, handle] = rtb::process_work_runner::spawn(run, never_by_itself());
+    handle.cancel();
+    const auto report = handle.wait();
+    MC_REQUIRE(report && report->drives <= 2);
+    static_cast<void>(MC_EITHER(report->stuck));
+    MC_REQUIRE(!poke.poke());
 }
 
 // ---- 2. the registry ----
@@ -159,6 +174,43 @@ void close_of_a_journal() {
     });
     MC_REQUIRE(now(registry->close()));
     MC_REQUIRE(registry->report().state == rtb::journal_state::closed);
+    other.join();
+}
+
+// One of two that wait is told that it is its turn to lead, and goes.
+void a_writer_goes_when_it_should_lead() {
+    sim_disk disk;
+    rtb::journal_options o;
+    o.files = &disk;
+    o.sync = rtb::journal_sync::none;
+    const auto registry = *rtb::journal_process_registry::open("j", o);
+    thread other("other", [&] { MC_REQUIRE(now(registry->register_process(a_row("b")))); });
+    rtb::scheduler s(quiet());
+    auto goes = s.spawn(registry->register_process(a_row("a")));
+    auto stays = s.spawn(registry->register_process(a_row("c")));
+    static_cast<void>(s.poll());
+    goes.cancel();
+    const auto r = s.block_on([&]() -> rtb::task<bool> {
+        const auto made = co_await stays;
+        co_return made && *made;
+    });
+    MC_REQUIRE(r && *r);
+    other.join();
+}
+
+// The registry goes, and closes its journal, while a change is on its way.
+void a_journal_goes() {
+    sim_disk disk;
+    rtb::journal_options o;
+    o.files = &disk;
+    o.sync = rtb::journal_sync::none;
+    std::shared_ptr<rtb::journal_process_registry> registry = *rtb::journal_process_registry::open("j", o);
+    auto change = registry->register_process(a_row("a"));
+    thread other("other", [&] {
+        auto r = now(std::move(change));
+        if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::process_errc::closed);
+    });
+    registry.reset();
     other.join();
 }
 
@@ -231,6 +283,7 @@ void a_worker_goes_while_a_row_runs() {
     MC_REQUIRE(now(registry->register_process(a_row("a"))));
     rtb::scheduler_thread t(quiet());
     auto h = t.scheduler().spawn(worker->run("a"));
+    MC_REQUIRE(worker->active() <= 1);
     worker.reset();
     auto r = h.wait();
     MC_REQUIRE(r);
@@ -241,9 +294,12 @@ constexpr kernel k_kernels[] = {
     {"runner: poke during a sweep", poke_during_a_sweep, 2},
     {"runner: poke against stop", poke_against_stop, 2},
     {"runner: on its own thread", runner_on_its_own_thread, 2},
+    {"runner: it is given up", runner_that_is_given_up, 2},
     {"registry: two claims", two_claims, 3},
     {"journal: two writers", two_writers_of_a_journal, 2},
     {"journal: close against a writer", close_of_a_journal, 2},
+    {"journal: a writer goes when it should lead", a_writer_goes_when_it_should_lead, 2},
+    {"journal: it goes while a change is on its way", a_journal_goes, 2},
     {"worker: a row is run", a_row_is_run, 2},
     {"worker: a row is cancelled", a_row_is_cancelled, 2},
     {"worker: it goes while a row runs", a_worker_goes_while_a_row_runs, 2},

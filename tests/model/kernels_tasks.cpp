@@ -130,6 +130,25 @@ void channel_cancelled_send() {
     s.run();
     other.join();
 }
+void channel_room_for_a_cancelled_send() {  // it is promised while the task goes
+    auto ends = rtb::channel<item>(1);
+    rtb::scheduler s(quiet());
+    auto h = s.spawn(send_two(ends.first, false));
+    thread other("receiver", [&] {
+        rtb::sender<item> tx = std::move(ends.first);
+        rtb::receiver<item> rx = std::move(ends.second);
+        h.cancel();
+        int got = 0;
+        while (auto v = rx.try_recv()) ++got;
+        static_cast<void>(h.wait());
+        while (auto v = rx.try_recv()) ++got;
+        static_cast<void>(MC_EITHER(got == 1));
+        MC_REQUIRE(tx.try_send(item(3)) && rx.try_recv()->v.get() == 3);
+        s.stop();
+    });
+    s.run();
+    other.join();
+}
 void channel_task_receives() {
     auto ends = rtb::channel<item>(2);
     rtb::scheduler s(quiet());
@@ -673,6 +692,7 @@ constexpr kernel k_kernels[] = {
     {"channel: a task sends with a limit", channel_task_sends_with_a_limit, 2},
     {"channel: a task sends against close", channel_task_sends_against_close, 2},
     {"channel: a cancelled send", channel_cancelled_send, 2},
+    {"channel: room for a cancelled send", channel_room_for_a_cancelled_send, 2},
     {"channel: a task receives", channel_task_receives, 2},
     {"channel: a task receives many", channel_task_receives_many, 2},
     {"channel: a cancelled receive", channel_cancelled_receive, 2},
