@@ -3187,6 +3187,7 @@ inline void sched_core::run() {
         if (draining.load(std::memory_order_acquire) && external.load(std::memory_order_relaxed) == 0) {
             static_cast<void>(poll());
             if (external.load(std::memory_order_relaxed) == 0) return;
+            continue;  // somebody has come to wait after all
         }
         if (n != 0) {
             poll_driver();
