@@ -553,7 +553,7 @@ constexpr bool k_fast = !k_sanitized;
 constexpr bool k_fast = false;
 #endif
 
-constexpr std::uint64_t default_seeds = k_fast ? 2000 : k_sanitized ? 10 : 30;
+constexpr std::uint64_t default_seeds = k_fast ? 1000 : k_sanitized ? 10 : 30;
 void simulate_all(bool on_disk) {
     rtb::set_log_handler(nullptr);
     const std::uint64_t only = number("RTB_SIM_SEED", 0), first = only != 0 ? only : number("RTB_SIM_FROM", 1);

@@ -1,6 +1,6 @@
 // Differently configured copies of the library in one program (default, RTB_NO_THREADS, another RTB_FRAME_ALIGN, a
 // RTB_CONFIG_ID with an allocator of its own): their types are different, and each works, also at the same time.
-// Build with variants_plain.cpp, variants_single.cpp, variants_aligned.cpp, variants_named.cpp.
+// Build with variants_plain.cpp, variants_single.cpp, variants_aligned.cpp, variants_named.cpp, in it or in shared libraries.
 // SPDX-License-Identifier: MIT
 #include "variants.hpp"
 
