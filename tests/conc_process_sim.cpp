@@ -3,7 +3,7 @@
 // waits. The store is in memory, or a journal on a simulated disk: then the disk fails too, and the machine crashes at any
 // call of the disk, with any part of what was not synced, and comes back with another wall clock.
 // The invariants are checked after every step. Each seed runs twice and must do the same both times.
-//   RTB_SIM_SEEDS=n   how many seeds (default: 2000 if optimised, else 30, with a sanitizer 10; over a journal one for 33)
+//   RTB_SIM_SEEDS=n   how many seeds (default: 1000 if optimised, else 30, with a sanitizer 10; over a journal one for 33)
 //   RTB_SIM_FROM=n    the first of them (default: 1)
 //   RTB_SIM_SEED=s    only that one, with its trace
 // ctest-timeout: 7200
