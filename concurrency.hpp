@@ -2000,7 +2000,10 @@ inline bool sched_core::look(std::string& name, std::string& where) const {
         for (int i = 0; i < 4; ++i) words[i] = watch.name[i].load(std::memory_order_acquire);
         const char* file = watch.file.load(std::memory_order_acquire);
         const unsigned line = watch.line.load(std::memory_order_acquire);
-        if ((before & 1u) != 0 || watch.seq.load(std::memory_order_relaxed) != before) continue;
+        if ((before & 1u) != 0 || watch.seq.load(std::memory_order_relaxed) != before) {
+            port::spin_hint();
+            continue;
+        }
         char text[32];
         std::memcpy(text, words, sizeof text);
         text[31] = 0;

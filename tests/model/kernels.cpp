@@ -937,6 +937,15 @@ void notified_last() {
     MC_REQUIRE(r.has_value());
     other.join();
 }
+void notify_against_the_end_of_a_scheduler() {
+    rtb::notify n;
+    auto s = std::make_unique<rtb::scheduler>(quiet());
+    auto h = s->spawn(waits_for(&n));
+    static_cast<void>(s->poll());
+    thread other("notifier", [&] { n.notify_one(); });
+    s.reset();
+    other.join();
+}
 rtb::task<void> acquires_then_destroys(std::unique_ptr<rtb::semaphore> sem) {
     {
         const auto permit = co_await sem->acquire();
@@ -978,6 +987,37 @@ void stuck_is_named() {
     watcher.join();
     static_cast<void>(MC_EITHER(reported));
 }
+
+// A look from outside gives name, file and line of one and the same task; during a step, of the one whose step it is.
+rtb::task<void> two_turns(rtb::detail::sched_core** on) {
+    *on = rtb::detail::current_core();
+    co_await rtb::yield();
+}
+void names_are_not_mixed(bool lags) {
+    rtb::scheduler s(quiet());
+    rtb::detail::sched_core* core = nullptr;
+    auto a = s.spawn(two_turns(&core), {.name = "the first, with quite some words"}, "a.cpp", 1);
+    auto b = s.spawn(two_turns(&core), {.name = "another one, that has as many, too"}, "b.cpp", 2);
+    static_cast<void>(s.poll());  // one turn each
+    thread watcher("watcher", [&, core] {
+        const unsigned turn = core->watch.turn.load(std::memory_order_relaxed);
+        std::string name, where;
+        bool busy = false;
+        {
+            const mc::lagging old(lags);
+            busy = core->look(name, where);
+        }
+        if (name.empty()) return;  // it found it half written too often
+        const bool first = name == "the first, with quite some word";
+        MC_REQUIRE(first || name == "another one, that has as many, ");
+        MC_REQUIRE(where == (first ? "a.cpp:1" : "b.cpp:2"));
+        if (MC_EITHER(turn % 2 == 1 && core->watch.turn.fetch_add(0, std::memory_order_relaxed) == turn)) MC_REQUIRE(busy && first == (turn % 4 == 1));
+    });
+    static_cast<void>(s.poll());
+    watcher.join();
+}
+void names_are_not_mixed() { names_are_not_mixed(false); }
+void old_names_are_not_mixed() { names_are_not_mixed(true); }
 
 constexpr kernel k_kernels[] = {
     {"submit against park", submit_against_park, 3},
@@ -1033,6 +1073,9 @@ constexpr kernel k_kernels[] = {
     {"a cancelled token publishes to a task", cancelled_token_publishes_to_a_task, 2},
     {"a closed channel publishes", closed_channel_publishes, 2},
     {"what is stuck is named", stuck_is_named, 2},
+    {"names are not mixed", names_are_not_mixed, 2},
+    {"old names are not mixed", old_names_are_not_mixed, 2},
+    {"notify against the end of a scheduler", notify_against_the_end_of_a_scheduler, 2},
     {"notify: the last one", notified_last, 2},
     {"semaphore: the last one", released_last, 2},
 };

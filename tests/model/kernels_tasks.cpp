@@ -436,6 +436,8 @@ void two_look_for_a_stall() {
     rtb::scheduler_options o = quiet();
     o.stall_threshold = milliseconds(1);
     rtb::scheduler s(o);
+    auto h = s.spawn(seven());
+    static_cast<void>(s.poll());  // a turn that none of them has seen
     thread other("other", [&] { s.check_stall(); });
     s.check_stall();
     other.join();

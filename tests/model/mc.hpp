@@ -99,6 +99,7 @@ struct fiber {
     std::uint32_t next_key = 0;  // the operation that it is about to make; 0: one that depends on everything
     bool next_write = true;
     bool asleep = false, time_matters = false;  // see engine::fall_asleep
+    bool lags = false;                          // see class lagging
     vector_clock now, acquired, released;  // happens-before; what an acquire fence adds; what a release fence published
     std::function<void()> body;
     ucontext_t context;
@@ -766,11 +767,12 @@ public:
         engine_scope in;
         begin("load", file, line, o, false);
         sc(o);
+        const bool lags = g->self().lags;
         int n = 1;
-        if (g->used_stale < g->o.stale && g->odd_left() && shared())
+        if (lags || (g->used_stale < g->o.stale && g->odd_left() && shared()))
             while (n < h_->n && !must_see(h_->s[h_->n - n])) ++n;
-        const int k = g->choose_what(n, g->o.how == strategy::dfs || g->random() % 4 != 0 ? 0 : -1);
-        if (k != 0) ++g->used_stale;
+        const int k = lags ? n - 1 : g->choose_what(n, g->o.how == strategy::dfs || g->random() % 4 != 0 ? 0 : -1);
+        if (k != 0 && !lags) ++g->used_stale;
         const T v = take(h_->s[h_->n - 1 - k], o);
         g->note(k != 0 ? "load, an OLD value" : "load", key(), bits(v), file, line, order(o));
         return v;
@@ -1026,6 +1028,17 @@ inline void yield(MC_AT) {
     engine_scope in;
     g->yield(file, line);
 }
+
+/// As long as it lives, this thread's loads give the oldest value that they may: all of them, where the search tries one at a time.
+class lagging {
+    bool before_;
+
+public:
+    explicit lagging(bool lags) : before_(std::exchange(g->self().lags, lags)) {}
+    lagging(const lagging&) = delete;
+    lagging& operator=(const lagging&) = delete;
+    ~lagging() { g->self().lags = before_; }
+};
 
 /// Plain memory of the kernel: unordered accesses are reported.
 template <class T> class var {

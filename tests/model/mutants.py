@@ -90,10 +90,10 @@ BY_HAND = [
 # Where to look first: kernels for sites that most kernels reach. Function, kernels.
 FIRST = [
     ("run_scope::.*", ["two run at once", "waiting for one that begins to run"]),
-    ("sched_core::(?:fill_watch|look|check_stall)", ["what is stuck is named", "two look for a stall"]),
+    ("sched_core::(?:take_turn|fill_watch|look|check_stall)", ["names are not mixed", "old names are not mixed", "two look for a stall"]),
     ("cancel_registration::.*", ["token: cancel against registration"]),
     ("publish_edge", ["a cycle of two workers", "an answered wait is no edge"]),
-    ("sched_core::(?:publish|forget|destroy_all)", ["join with a limit", "forgotten while another posts", "block_on against abort"]),
+    ("sched_core::(?:publish|forget|destroy_all)", ["join with a limit", "forgotten while another posts", "block_on against abort", "notify against the end of a scheduler"]),
     ("(?:notify|semaphore)::.*", ["notify: the last one", "semaphore: the last one"]),
     ("process_engine::.*", ["worker: it goes while a row runs"]),
 ]
