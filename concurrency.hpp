@@ -6420,9 +6420,6 @@ template <class T, class Report> struct queue_service : reporting_service<Report
                 port::unique_lock l(this->m);
                 if (n.linked()) give_up_locked(&n);
             });
-        {
-            port::unique_lock l(this->m);  // whoever answered has left
-        }
         if (n.end != push_end::waiting) return n.end;
         return end == wait_end::would_deadlock ? push_end::would_deadlock : push_end::timed_out;
     }

@@ -683,6 +683,20 @@ TEST_CASE("wait_for on a worker that goes on is timed_out; join from another sch
     CHECK(first.wait().value() >= 2);
 }
 
+TEST_CASE("a handle that outlives its scheduler, and the clock of that, knows the end") {
+    std::atomic<int> ticks{0}, shutdowns{0};
+    auto clock = std::make_unique<rtb::manual_clock>();
+    rtb::scheduler_options o;
+    o.time = clock.get();
+    auto s = std::make_unique<rtb::scheduler>(o);
+    auto started = periodic_worker::spawn_on(*s, ticking{&ticks, &shutdowns}, 1ms);
+    s->poll();
+    s.reset();
+    clock.reset();
+    CHECK(started.wait().has_value());
+    CHECK(started.wait_for(1ms).has_value());
+}
+
 TEST_CASE("many actors come and go while others talk to them") {
     std::atomic<int> handled{0}, shutdowns{0};
     std::vector<std::thread> threads;

@@ -434,6 +434,21 @@ void task_against_close() {
     }
     MC_REQUIRE(s.alive == 0);
 }
+rtb::task<void> joins(rtb::background_sink_handle* handle) {
+    auto joining = handle->join();
+    static_cast<void>(co_await joining);
+}
+void a_joiner_gives_up() {
+    seen s;
+    auto started = sink_of::spawn(drain{&s}, small(1, 1));
+    rtb::scheduler own(rtb::scheduler_options{.spin = {}});
+    auto h = own.spawn(joins(&started.second));
+    static_cast<void>(own.poll());
+    started.second.cancel();
+    h.cancel();
+    static_cast<void>(own.poll());
+    MC_REQUIRE(started.second.wait());
+}
 void joined_for_a_while() {
     seen s;
     auto started = sink_of::spawn(drain{&s}, small(1, 1));
@@ -624,6 +639,7 @@ constexpr kernel k_kernels[] = {
     {"sink: a task pushes, flushes and joins", task_pushes_flushes_and_joins, 2},
     {"sink: a task with limits", task_with_limits, 2},
     {"sink: a task against close", task_against_close, 2},
+    {"sink: a joiner gives up", a_joiner_gives_up, 2},
     {"sink: joined for a while", joined_for_a_while, 2},
     {"sink: full in between", full_in_between, 2},
     {"actor: asked by a task that blocks", ask_from_a_task, 2},

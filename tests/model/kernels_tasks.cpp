@@ -585,15 +585,17 @@ void two_write_a_log() {
     const auto write = [&] { log.push_back(rtb::call_record<val>{1, 0, "m", "f", false, val(1), val(2), {}, 1, 2}); };
     thread other("other", write);
     write();
-    MC_REQUIRE(log.size() >= 1);
+    MC_REQUIRE(log.size() >= 1 && log[0].output->as_number() == 2);
     other.join();
     MC_REQUIRE(log.size() == 2 && log[1].output->as_number() == 2);
 }
 void two_calls_are_replayed() {
     auto log = std::make_shared<rtb::call_log<val>>();
     for (int i = 0; i < 2; ++i) {
-        rtb::call_record<val> r{1, 0, "m", "f", false, val(1), val(5), {}, 1, 2};
+        rtb::call_record<val> r{1, 0, "m", "f", false, val(1), val(5), {}, 1, 4};
+        rtb::call_record<val> called{2, 1, "m", "g", false, val(1), val(5), {}, 2, 3};
         log->push_back(std::move(r));
+        log->push_back(std::move(called));
     }
     auto replay = std::make_shared<rtb::replay_interceptor<val>>(log, rtb::replay_mode::lenient);
     val_host host;

@@ -19,6 +19,7 @@ struct kernel {
     const char* name;
     void (*body)();
     int preemptions;  // of the default run
+    int spurious = 0;  // wake-ups without a reason, in the exhaustive search; the sampled ones have them anyhow
 };
 double ms_since(std::chrono::steady_clock::time_point t) {
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - t).count();
@@ -57,6 +58,7 @@ bool explore_all(const kernel& k, const settings& how_to) {
     bool exhausted = true;
     o.executions = races ? (how_to.quick ? 500 : 10000) : deep ? 10000000 : how_to.quick ? 3000 : 1000000;
     if (deep) o.odd = o.stale = 2;
+    o.spurious = k.spurious;
     for (o.preemptions = 1; exhausted && o.preemptions <= most; ++o.preemptions) {
         const mc::result r = mc::explore(e, o, k.body);
         exhausted = r.exhausted;
