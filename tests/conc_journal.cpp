@@ -876,6 +876,32 @@ TEST_CASE("tasks that go while they wait leave a change that was made or was not
     }
 }
 
+TEST_CASE("a task that goes while its journal gets space back leaves nothing to write, and a journal that goes on") {
+    gated_files files;
+    rtb::journal_options o;
+    o.files = &files;
+    rtb::scheduler s;
+    const auto r = journal_process_registry::open("j", o).value();
+    get(s, r->register_process(registration("a")));
+    files.disk.capacity = files.disk.content("j")->size() + 100;
+    files.disk.faults[files.disk.calls + 3] = sim_disk::fault::eio;  // write, write, truncate
+    CHECK(s.block_on(enter(r, "b")).value() == false);
+    REQUIRE(r->report().state == journal_state::read_only);
+    files.disk.capacity = ~std::uint64_t{0};
+    files.syncs.set(0);
+    auto goes = s.spawn(enter(r, "c"));
+    while (s.poll() > 0) {
+    }
+    files.syncs.until_waiting();  // the file is cut; the change comes after that
+    goes.cancel();
+    while (s.poll() > 0) {
+    }
+    files.syncs.set(1 << 20);
+    CHECK(s.block_on(enter(r, "d")).value() == true);
+    CHECK(r->report().state == journal_state::ok);
+    CHECK(!get(s, r->try_get("c")).has_value());
+}
+
 TEST_CASE("a lease can be renewed while the disk is busy, and keeps its new end") {
     gated_files files;
     rtb::scheduler s;
