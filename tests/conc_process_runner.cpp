@@ -866,6 +866,27 @@ STORE_TEST_CASE("a slow renewal counts from when it was asked for") {
     CHECK(told == 37000);
 }
 
+STORE_TEST_CASE("a body that ends while its lease is being renewed frees its slot at once") {
+    world w(make_store);
+    w.add("a");
+    w.add("b");
+    std::int64_t second = -1;
+    w.reg->on_call = [&](const std::string& op, const std::string&) {
+        sim::plan p;
+        if (op == "renew") p.delay_after = 5s;
+        return p;
+    };
+    auto c = w.config([&](process_context& ctx) -> task<text> {
+        if (ctx.id() == "b") second = std::chrono::duration_cast<std::chrono::milliseconds>(w.clock.now().time_since_epoch()).count();
+        co_await rtb::sleep_for(10100ms);  // the first renewal begins after 10 s
+        co_return std::string();
+    });
+    c.concurrency = 1;
+    runner r(w, c);
+    w.run(12s);
+    CHECK(second == 10100);  // polls are 400 ms apart
+}
+
 STORE_TEST_CASE("a lease that somebody else took stops the body at once, and the winner's end stands") {
     world w(make_store);
     w.add("a");
@@ -1179,6 +1200,32 @@ STORE_TEST_CASE("stop: bodies are told, then destroyed after the grace; attempts
     CHECK(refused.error() == process_errc::closed);
 }
 
+STORE_TEST_CASE("a second stop gives no more grace than the first") {
+    world w(make_store);
+    w.add("rude");
+    bool destroyed = false;
+    struct on_destroy {
+        bool* b;
+        explicit on_destroy(bool* p) : b(p) {}
+        on_destroy(const on_destroy&) = delete;
+        ~on_destroy() { *b = true; }
+    };
+    runner r(w, w.config([&](process_context&) -> task<text> {
+        on_destroy d(&destroyed);
+        co_await rtb::sleep_for(1h);
+        co_return std::string();
+    }));
+    w.run(1s);
+    r.handle.cancel();
+    w.run(2s);
+    auto again = w.s.spawn(r.worker().stop());
+    w.run(2900ms);
+    CHECK_FALSE(destroyed);
+    w.run(200ms);
+    CHECK(destroyed);
+    CHECK(again.done());
+}
+
 STORE_TEST_CASE("stop while a call of the registry is in progress, whichever: it is waited for, and leaves nothing behind") {
     for (const char* op : {"list_non_terminal", "claim", "record_first_started", "renew", "complete_with_lease", "release"}) {
         CAPTURE(op);
@@ -1208,6 +1255,27 @@ STORE_TEST_CASE("stop while a call of the registry is in progress, whichever: it
         CHECK_FALSE(w.get("a").leased);
         CHECK(r.worker().active() == 0);
     }
+}
+
+STORE_TEST_CASE("a drive that waits for the answers to its claims ends when the stop begins") {
+    world w(make_store);
+    w.add("a");
+    w.reg->on_call = [&](const std::string& op, const std::string&) {
+        sim::plan p;
+        if (op == "claim") p.delay_after = 10s;
+        return p;
+    };
+    rtb::durable_process_worker worker(w.config([](process_context& c) { return echo(c); }));
+    auto drive = w.s.spawn(worker.drive_pending());
+    w.run(100ms);
+    CHECK_FALSE(drive.done());
+    auto stop = w.s.spawn(worker.stop());
+    w.settle();
+    CHECK(drive.done());
+    CHECK_FALSE(stop.done());
+    w.run(20s);
+    CHECK(stop.done());
+    CHECK_FALSE(w.get("a").leased);
 }
 
 STORE_TEST_CASE("a registry that never answers delays stop until close_timeout; the rows are reported") {

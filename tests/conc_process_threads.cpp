@@ -208,6 +208,40 @@ TEST_CASE("a body that does not come back: wait() says so, the destructor leaves
     rtb::set_log_handler(nullptr);
 }
 
+TEST_CASE("a wait that gave a runner up leaves nothing behind that looks like a wait") {
+    struct blocking final : rtb::process_run_handle {
+        rtb::scheduler* other = nullptr;
+        gate started, go, answered;
+        int answer = 0;
+        task<rtb::expected<void, rtb::process_error>> claim_and_run_pending() override {
+            started.open();
+            go.pass();
+            answer = other->spawn([]() -> task<int> { co_return 7; }).wait().value_or(-1);
+            answered.open();
+            co_return rtb::expected<void, rtb::process_error>();
+        }
+        rtb::duration close_timeout() const noexcept override { return rtb::duration::zero(); }
+    };
+    rtb::set_log_handler([](rtb::log_level, std::string_view) {});
+    rtb::scheduler_thread other;
+    auto run = std::make_shared<blocking>();
+    run->other = &other.scheduler();
+    {
+        auto made = rtb::process_work_runner::spawn(run);
+        run->started.pass();
+        made.second.cancel();
+        const auto waits = [&made]() -> task<bool> {
+            const auto report = made.second.wait();
+            co_return report && report->stuck;
+        };
+        CHECK(other.scheduler().spawn(waits).wait().value());
+        run->go.open();
+        run->answered.pass();
+        CHECK(run->answer == 7);
+    }
+    rtb::set_log_handler(nullptr);
+}
+
 TEST_CASE("waiting from a body, or from a call of the registry, is would_deadlock") {
     auto mem = store();
     auto s = std::make_shared<sim::registry>(mem);

@@ -112,6 +112,20 @@ void runner_that_is_given_up() {
     MC_REQUIRE(!poke.poke());
 }
 
+void runner_that_is_joined_and_waited_for() {
+    auto answer = rtb::oneshot<int>();
+    auto run = std::make_shared<sweeping>(std::move(answer.first), false);
+    auto [poke, handle] = rtb::process_work_runner::spawn(run, never_by_itself());
+    thread joiner("joiner", [h = &handle] {
+        rtb::scheduler s(quiet());
+        const auto report = s.block_on(h->join());
+        MC_REQUIRE(report && *report);
+    });
+    handle.cancel();
+    MC_REQUIRE(handle.wait());
+    joiner.join();
+}
+
 // ---- 2. the registry ----
 template <class T> T now(rtb::task<T> t) {
     rtb::scheduler s(quiet());
@@ -294,6 +308,7 @@ constexpr kernel k_kernels[] = {
     {"runner: poke during a sweep", poke_during_a_sweep, 2},
     {"runner: poke against stop", poke_against_stop, 2},
     {"runner: on its own thread", runner_on_its_own_thread, 2},
+    {"runner: joined and waited for", runner_that_is_joined_and_waited_for, 2},
     {"runner: it is given up", runner_that_is_given_up, 2},
     {"registry: two claims", two_claims, 3},
     {"journal: two writers", two_writers_of_a_journal, 2},

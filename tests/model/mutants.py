@@ -17,7 +17,6 @@ Exit code 0: nothing survived, and no entry of a list here is stale. Not part of
 SPDX-License-Identifier: MIT
 """
 import argparse
-import collections
 import concurrent.futures
 import os
 import pathlib
@@ -96,6 +95,9 @@ FIRST = [
     ("sched_core::(?:publish|forget|destroy_all)", ["join with a limit", "forgotten while another posts", "block_on against abort", "notify against the end of a scheduler"]),
     ("(?:notify|semaphore)::.*", ["notify: the last one", "semaphore: the last one"]),
     ("process_engine::.*", ["worker: it goes while a row runs"]),
+    ("process_runner::last_moment", ["runner: joined and waited for"]),
+    ("process_runner::(?:set_stuck|drove|result)", ["runner: it is given up"]),
+    ("sink_service::count_write", ["sink: asked meanwhile"]),
 ]
 
 # Survivors that break nothing: where (function, or "" for any), text of the line, kind ("" for any), the reason.
@@ -136,6 +138,7 @@ NOT_REACHED: list = [
     ("runtime_bridge::request", "clear_edge(leader)", "", "a call from a worker that finds the other bridge closed; nothing waits then"),
     ("own_worker::~own_worker", "", "", "only if there is no memory between the thread's start and its owner: tests/alloc_failpoints.cpp"),
     ("journal_core::finish_with", "", "", "no memory while it answers: tests/alloc_process.cpp"),
+    ("process_work_runner::make::unmade::~unmade", "request_stop", "", "no memory, or no thread, for the second one: tests/alloc_process.cpp"),
     ("open_journals::add", "", "", "a forked child that opens its parent's journal: tests/child_journal.cpp"),
 ]
 
@@ -551,9 +554,20 @@ def main() -> int:
 
 
 def killed_before(path):
-    """Who killed which mutant in an earlier run, by the mutant's text without its line."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path else []
-    return {re.sub(r"^killed +(\S+?):\d+ ", r"\1 ", text): killer for text, _, killer in (line.rpartition("  <- ") for line in lines) if text.startswith("killed ")}
+    """Who killed which mutant in an earlier run ("": nobody), by the mutant's text without its line: for each time that it stands there."""
+    result = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path else []:
+        found = re.match(r"(?:killed|equivalent|not reached|SURVIVED|NOT REACHED|no kernel) +(\S+?):\d+ (.*)", line)
+        if not found:
+            continue
+        name, killer = f"{found.group(1)} {found.group(2)}", ""
+        if line.startswith("killed"):
+            name, _, killer = name.rpartition("  <- ")
+        elif not line[0].isupper():
+            for *_, reason in EQUIVALENT + NOT_REACHED:
+                name = name.removesuffix(f": {reason}")
+        result.setdefault(name, []).append(killer)
+    return result
 
 
 def run(a, folder, mutants, stale) -> int:
@@ -571,11 +585,15 @@ def run(a, folder, mutants, stale) -> int:
             suite.cover(pool)
         print(f"{len(mutants)} mutants; built and looked at what is reached in {time.monotonic() - start:.0f} s", flush=True)
         chosen = sorted((m for m in mutants if re.search(a.only, str(m))), key=lambda m: (HEADERS.index(m.header), m.line))
-        count, matched, hints, names = {}, set(), {}, collections.Counter(m.name() for m in mutants)
+        count, matched, hints, same_text = {}, set(), {}, {}
+        for m in sorted(mutants, key=lambda m: (HEADERS.index(m.header), m.line)):
+            same_text.setdefault(m.name(), []).append(m)
 
         def judge(m):
-            if m.name() in earlier and names[m.name()] == 1:  # the same text may stand twice in a function
-                return earlier[m.name()], True
+            same = same_text[m.name()]
+            killers = earlier.get(m.name(), [])
+            if len(killers) == len(same) and killers[same.index(m)]:
+                return killers[same.index(m)], True
             found, reached = kill(programs, m, False, hints)
             if found or a.quick:
                 return found, reached
