@@ -876,6 +876,30 @@ TEST_CASE("tasks that go while they wait leave a change that was made or was not
     }
 }
 
+TEST_CASE("tasks that go while the disk fails them") {
+    const silence quiet;
+    for (int round = 0; round < 30; ++round) {
+        gated_files files;
+        rtb::journal_options o;
+        o.files = &files;
+        const auto r = journal_process_registry::open("j", o).value();
+        rtb::scheduler s;
+        files.syncs.set(0);
+        std::vector<rtb::join_handle<bool>> all;
+        for (int i = 0; i < 4; ++i) all.push_back(s.spawn(enter(r, "p" + std::to_string(i))));
+        while (s.poll() > 0) {
+        }
+        files.syncs.until_waiting();
+        files.disk.faults[files.disk.calls + 1] = sim_disk::fault::eio;  // the sync
+        files.syncs.set(1 << 20);
+        for (int i = 0; i < round % 7; ++i) std::this_thread::yield();
+        for (auto& h : all) h.cancel();
+        for (auto& h : all) CHECK(h.wait().value_or(false) == false);
+        CHECK(s.block_on(enter(r, "last")).value() == false);
+        CHECK(r->report().state == journal_state::poisoned);
+    }
+}
+
 TEST_CASE("a task that goes while its journal gets space back leaves nothing to write, and a journal that goes on") {
     gated_files files;
     rtb::journal_options o;

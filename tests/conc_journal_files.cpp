@@ -190,6 +190,7 @@ TEST_CASE("a journal is asked, and its leases renewed, while others write, compa
         rtb::scheduler s;
         get(s, r->register_process(registration("held")));
         const rtb::process_lease lease = get(s, r->claim("held", rtb::process_owner("me"), 1h)).lease();
+        get(s, r->register_process(registration("w")));
         std::atomic<bool> over{false};
         std::thread asker([&] {
             rtb::scheduler own;
@@ -201,10 +202,14 @@ TEST_CASE("a journal is asked, and its leases renewed, while others write, compa
         std::atomic<int> refused{0};
         std::thread writer([&] {
             rtb::scheduler own;
-            while (refused == 0)
-                if (code(own, r->register_process(registration("w"))) != process_errc{} || code(own, r->maintain()) != process_errc{}) ++refused;
+            while (refused == 0) {  // the file grows, its rows do not: so it is compacted now and then
+                const auto c = own.block_on(r->claim("w", rtb::process_owner("me"), 1h));
+                const bool released = *c && code(own, r->release((*c)->lease())) == process_errc{};
+                if (!released || code(own, r->maintain()) != process_errc{}) ++refused;
+            }
         });
         for (int i = 0; i < 20; ++i) get(s, r->register_process(registration(std::to_string(i).c_str())));
+        while (r->report().compactions < 2) std::this_thread::yield();
         if (lost) fs::rename(dir.file("j"), dir.file("k"));  // the next change to be written is refused, and every one after it
         else get(s, r->close());
         while (refused == 0) static_cast<void>(code(s, r->register_process(registration("more"))));

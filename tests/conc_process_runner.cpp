@@ -1283,13 +1283,15 @@ STORE_TEST_CASE("a registry that never answers delays stop until close_timeout; 
     w.add("a");
     w.reg->on_call = [&](const std::string& o, const std::string&) {
         sim::plan p;
-        p.hang = o == "complete_with_lease";
+        p.hang = o == "complete_with_lease" || o == "maintain";
         return p;
     };
     runner r(w, w.config(echo));
     w.run(1s);
     r.handle.cancel();
-    w.run(29s);
+    w.run(20s);
+    auto again = w.s.spawn(r.worker().stop());  // gives it no more time
+    w.run(9s);
     CHECK_FALSE(r.handle.done());
     w.run(2s);
     REQUIRE(r.handle.done());

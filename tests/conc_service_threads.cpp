@@ -418,10 +418,19 @@ TEST_CASE("a tick that hangs in mid-step does not block a shutdown for ever: stu
     o.shutdown_grace = 20ms;
     auto started = periodic_worker::spawn(hanging{&release, &inside, &shutdowns}, 1ms, o);
     until(inside, 1);
+    std::atomic<bool> waiting{false};
+    std::thread early([&] {  // whoever waits already when it begins to close is told as well; the limit is for a library that fails
+        waiting = true;
+        const auto r = started.wait_for(20s);
+        CHECK((r && r->stuck));
+    });
+    while (!waiting) std::this_thread::yield();
+    for (int i = 0; i < 100; ++i) std::this_thread::yield();
     started.cancel();
     const auto report = started.wait();
     REQUIRE(report.has_value());
     CHECK(report->stuck);
+    early.join();
     CHECK(shutdowns == 0);
     rtb::scheduler mine;
     const auto awaited = mine.block_on(started.join());
@@ -681,6 +690,35 @@ TEST_CASE("wait_for on a worker that goes on is timed_out; join from another sch
     mine.poll();
     started.cancel();
     CHECK(first.wait().value() >= 2);
+}
+
+TEST_CASE("commands come in while an actor that failed waits to begin anew: each is handled once, the failed ones included") {
+    const silent q;
+    struct failing {
+        using command [[maybe_unused]] = int;
+        std::atomic<int>* handled;
+        void handle(int n) {
+            ++*handled;
+            if (n % 8 == 0) throw std::runtime_error("every eighth");
+        }
+    };
+    std::atomic<int> handled{0}, sent{0};
+    actor_config c;
+    c.restart.max_restarts = 1000;
+    c.restart.backoff = c.restart.max_backoff = 100us;
+    {
+        auto [h, join] = actor_handle<int>::spawn([&handled] { return failing{&handled}; }, c);
+        const auto send = [to = &h, &sent] {
+            for (int i = 0; i < 400; ++i)
+                if (to->try_send(i)) ++sent;
+        };
+        std::thread other(send);
+        send();
+        other.join();
+        until(handled, sent);
+        CHECK(h.stats().restarts > 0);
+    }
+    CHECK(handled == sent);
 }
 
 TEST_CASE("a handle that outlives its scheduler, and the clock of that, knows the end") {

@@ -75,6 +75,7 @@ void push_written_without_a_flush() {
     seen s;
     auto [sink, handle] = sink_of::spawn(drain{&s}, small(2, 2));
     MC_REQUIRE(sink.try_push(message(1, &s.alive)));
+    while (sink.stats().writes == 0) rtb_port::yield_thread();
     while (sink.pending() != 0) rtb_port::yield_thread();
     handle.cancel();
     MC_REQUIRE(handle.wait()->written == 1);
@@ -444,9 +445,10 @@ void a_joiner_gives_up() {
     rtb::scheduler own(rtb::scheduler_options{.spin = {}});
     auto h = own.spawn(joins(&started.second));
     static_cast<void>(own.poll());
-    started.second.cancel();
+    thread closer("closer", [&] { started.second.cancel(); });
     h.cancel();
     static_cast<void>(own.poll());
+    closer.join();
     MC_REQUIRE(started.second.wait());
 }
 void joined_for_a_while() {

@@ -313,7 +313,7 @@ public:
             fiber& f = *fibers[static_cast<std::size_t>(i)];
             if (f.state != fiber::blocked || !f.cv) continue;
             if (f.timed && f.deadline > time && used_early < o.early && odd_left()) c[n++] = i;
-            if (i != me && used_spurious < o.spurious && odd_left()) c[n++] = i + k_spurious;
+            if ((i != me || w == why::block) && used_spurious < o.spurious && odd_left()) c[n++] = i + k_spurious;
         }
         if (plain == 0 && slept && n == 0) {  // whatever comes now was seen
             redundant = true;

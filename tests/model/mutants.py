@@ -97,7 +97,9 @@ FIRST = [
     ("process_engine::.*", ["worker: it goes while a row runs"]),
     ("process_runner::last_moment", ["runner: joined and waited for"]),
     ("process_runner::(?:set_stuck|drove|result)", ["runner: it is given up"]),
-    ("sink_service::count_write", ["sink: asked meanwhile"]),
+    ("sink_service::count_write", ["sink: a push is written without a flush"]),
+    ("periodic_service::main", ["periodic: trigger against sleep"]),
+    ("join_leaf::.*", ["sink: a joiner gives up"]),
 ]
 
 # Survivors that break nothing: where (function, or "" for any), text of the line, kind ("" for any), the reason.
