@@ -112,6 +112,37 @@ void runner_that_is_given_up() {
     MC_REQUIRE(!poke.poke());
 }
 
+// Its drive comes back after that, while its report is read again.
+struct held final : rtb::process_run_handle {
+    mc::mutex m;
+    mc::condition_variable cv;
+    bool released = false;  // m
+    mc::atomic<bool> begun{false};
+    rtb::task<nothing> claim_and_run_pending() override {
+        begun.store(true, std::memory_order_relaxed);
+        mc::unique_lock l(m);
+        while (!released) cv.wait(l);
+        co_return nothing();
+    }
+    rtb::duration close_timeout() const noexcept override { return milliseconds(1); }
+};
+void runner_that_comes_back() {
+    rtb::set_log_handler([](rtb::log_level, std::string_view) noexcept {});
+    const auto run = std::make_shared<held>();
+    auto [poke, handle] = rtb::process_work_runner::spawn(run, never_by_itself());
+    while (!run->begun.load(std::memory_order_relaxed)) rtb_port::yield_thread();
+    handle.cancel();
+    auto report = handle.wait();
+    MC_REQUIRE(report && report->stuck && report->drives == 0);
+    {
+        mc::unique_lock l(run->m);
+        run->released = true;
+        run->cv.notify_one();
+    }
+    report = handle.wait();
+    MC_REQUIRE(report && report->drives <= 1);
+    static_cast<void>(MC_EITHER(report->drives == 1));
+}
 void runner_that_is_joined_and_waited_for() {
     auto answer = rtb::oneshot<int>();
     auto run = std::make_shared<sweeping>(std::move(answer.first), false);
@@ -308,6 +339,7 @@ constexpr kernel k_kernels[] = {
     {"runner: poke during a sweep", poke_during_a_sweep, 2},
     {"runner: poke against stop", poke_against_stop, 2},
     {"runner: on its own thread", runner_on_its_own_thread, 2},
+    {"runner: it comes back", runner_that_comes_back, 2},
     {"runner: joined and waited for", runner_that_is_joined_and_waited_for, 2},
     {"runner: it is given up", runner_that_is_given_up, 2},
     {"registry: two claims", two_claims, 3},

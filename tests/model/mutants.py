@@ -96,7 +96,7 @@ FIRST = [
     ("(?:notify|semaphore)::.*", ["notify: the last one", "semaphore: the last one"]),
     ("process_engine::.*", ["worker: it goes while a row runs"]),
     ("process_runner::last_moment", ["runner: joined and waited for"]),
-    ("process_runner::(?:set_stuck|drove|result)", ["runner: it is given up"]),
+    ("process_runner::(?:set_stuck|drove|result)", ["runner: it comes back", "runner: it is given up"]),
     ("sink_service::count_write", ["sink: a push is written without a flush"]),
     ("periodic_service::main", ["periodic: trigger against sleep"]),
     ("join_leaf::.*", ["sink: a joiner gives up"]),
