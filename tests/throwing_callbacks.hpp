@@ -98,7 +98,7 @@ template <class S> void every_throw(S scenario, int at_least = 1) {
             round_of r(0, reach::this_thread);
             const long before = g_live.load();
             const bool hit = run(r, k, what);
-            const long left = g_live.load() - before;
+            const long left = blocks_left(before);
             CHECK_MESSAGE(r.failures() == 0, "throw ", k, ": line ", r.line());
             CHECK_MESSAGE(left == 0, "throw ", k, ": ", left, " blocks leaked");
             if (!hit) {
