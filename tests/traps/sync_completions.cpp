@@ -1,5 +1,6 @@
 // g++ makes no tail call of symmetric transfer at -O0, at -O1 and under AddressSanitizer. A million (argument: how many)
 // completions in a row, of children, ready operations and arms, need no more stack than one; neither does a deep chain.
+// ctest-timeout: 900
 // SPDX-License-Identifier: MIT
 #include "runtime_bridge.hpp"
 
