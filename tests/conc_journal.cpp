@@ -818,6 +818,19 @@ rtb::task<bool> enter(std::shared_ptr<journal_process_registry> r, std::string i
     const auto made = co_await r->register_process(std::move(reg));
     co_return made.has_value();
 }
+void settle(rtb::scheduler& s) {
+    while (s.poll() > 0) {
+    }
+}
+/// p0, p1 ...: one of them leads, and waits for the disk.
+std::vector<rtb::join_handle<bool>> enter_many(rtb::scheduler& s, gated_files& files, const std::shared_ptr<journal_process_registry>& r, int n) {
+    files.syncs.set(0);
+    std::vector<rtb::join_handle<bool>> all;
+    for (int i = 0; i < n; ++i) all.push_back(s.spawn(enter(r, "p" + std::to_string(i))));
+    settle(s);
+    files.syncs.until_waiting();
+    return all;
+}
 }  // namespace
 
 TEST_CASE("all who wait for the disk share one sync") {
@@ -830,12 +843,10 @@ TEST_CASE("all who wait for the disk share one sync") {
     files.syncs.set(0);
     std::vector<rtb::join_handle<bool>> all;
     all.push_back(s.spawn(enter(r, "first")));
-    while (s.poll() > 0) {
-    }
+    settle(s);
     files.syncs.until_waiting();
     for (int i = 0; i < 63; ++i) all.push_back(s.spawn(enter(r, "p" + std::to_string(i))));
-    while (s.poll() > 0) {
-    }
+    settle(s);
     files.syncs.set(1 << 20);
     for (auto& h : all) CHECK(s.block_on(std::move(h)).value() == true);
     CHECK(r->report().syncs == before + 2);
@@ -850,16 +861,10 @@ TEST_CASE("tasks that go while they wait leave a change that was made or was not
         const auto r = journal_process_registry::open("j", o).value();
         {
             rtb::scheduler s;
-            files.syncs.set(0);
-            std::vector<rtb::join_handle<bool>> all;
-            for (int i = 0; i < 6; ++i) all.push_back(s.spawn(enter(r, "p" + std::to_string(i))));
-            while (s.poll() > 0) {
-            }
-            files.syncs.until_waiting();
+            std::vector<rtb::join_handle<bool>> all = enter_many(s, files, r, 6);
             for (int i = 0; i < 6; ++i)
                 if (((round >> (i % 4)) & 1) != 0) all[static_cast<std::size_t>(i)].cancel();  // the leader is one of them
-            while (s.poll() > 0) {
-            }
+            settle(s);
             files.syncs.set(1 << 20);
             for (int i = 0; i < 6; ++i)
                 if (((round >> (i % 4)) & 1) == 0) CHECK(s.block_on(std::move(all[static_cast<std::size_t>(i)])).value() == true);
@@ -884,12 +889,7 @@ TEST_CASE("tasks that go while the disk fails them") {
         o.files = &files;
         const auto r = journal_process_registry::open("j", o).value();
         rtb::scheduler s;
-        files.syncs.set(0);
-        std::vector<rtb::join_handle<bool>> all;
-        for (int i = 0; i < 4; ++i) all.push_back(s.spawn(enter(r, "p" + std::to_string(i))));
-        while (s.poll() > 0) {
-        }
-        files.syncs.until_waiting();
+        std::vector<rtb::join_handle<bool>> all = enter_many(s, files, r, 4);
         files.disk.faults[files.disk.calls + 1] = sim_disk::fault::eio;  // the sync
         files.syncs.set(1 << 20);
         for (int i = 0; i < round % 7; ++i) std::this_thread::yield();
@@ -914,12 +914,10 @@ TEST_CASE("a task that goes while its journal gets space back leaves nothing to 
     files.disk.capacity = ~std::uint64_t{0};
     files.syncs.set(0);
     auto goes = s.spawn(enter(r, "c"));
-    while (s.poll() > 0) {
-    }
+    settle(s);
     files.syncs.until_waiting();  // the file is cut; the change comes after that
     goes.cancel();
-    while (s.poll() > 0) {
-    }
+    settle(s);
     files.syncs.set(1 << 20);
     CHECK(s.block_on(enter(r, "d")).value() == true);
     CHECK(r->report().state == journal_state::ok);
@@ -942,8 +940,7 @@ TEST_CASE("a lease can be renewed while the disk is busy, and keeps its new end"
         co_return started.has_value();
     };
     auto started = s.spawn(start(r, l));
-    while (s.poll() > 0) {
-    }
+    settle(s);
     files.syncs.until_waiting();
     clock.advance(5s);
     CHECK(get(s, r->renew(l, 100s)).expires == clock.now() + 100s);

@@ -209,7 +209,8 @@ TEST_CASE("a journal is asked, and its leases renewed, while others write, compa
             }
         });
         for (int i = 0; i < 20; ++i) get(s, r->register_process(registration(std::to_string(i).c_str())));
-        while (r->report().compactions < 2) std::this_thread::yield();
+        while (refused == 0 && r->report().compactions < 2) std::this_thread::yield();
+        CHECK(refused == 0);
         if (lost) fs::rename(dir.file("j"), dir.file("k"));  // the next change to be written is refused, and every one after it
         else get(s, r->close());
         while (refused == 0) static_cast<void>(code(s, r->register_process(registration("more"))));

@@ -124,6 +124,15 @@ struct world {
         REQUIRE(c->acquired());
         return c->lease();
     }
+    /// From now on the answers to `op` are late.
+    void slow_answers(const char* op, rtb::duration late) {
+        reg->on_call = [op, late](const std::string& o, const std::string&) {
+            sim::plan p;
+            if (o == op) p.delay_after = late;
+            return p;
+        };
+    }
+    std::int64_t ms() const { return std::chrono::duration_cast<std::chrono::milliseconds>(clock.now().time_since_epoch()).count(); }
     void settle() { clock.run_until_idle(); }
     void run(rtb::duration d) {
         const auto end = clock.now() + d;
@@ -152,6 +161,12 @@ struct runner {
     runner(std::shared_ptr<rtb::inline_process_run_handle> h, std::pair<rtb::process_work_poke, rtb::process_work_handle> made)
         : inline_handle(std::move(h)), poke(made.first), handle(std::move(made.second)) {}
     rtb::durable_process_worker& worker() { return *inline_handle->worker(); }
+};
+struct on_destroy {
+    bool* b;
+    explicit on_destroy(bool* p) : b(p) {}
+    on_destroy(const on_destroy&) = delete;
+    ~on_destroy() { *b = true; }
 };
 text echo(process_context& c) {
     return "done:" + c.input();
@@ -434,7 +449,7 @@ STORE_TEST_CASE("exceptions of any type, and process_errc::retry, are retried wi
         w.add("a", process_disposition::rerunnable, 4);
         std::vector<std::int64_t> at;
         runner r(w, w.config([&](process_context& c) -> text {
-            at.push_back(std::chrono::duration_cast<std::chrono::milliseconds>(w.clock.now().time_since_epoch()).count());
+            at.push_back(w.ms());
             CHECK(c.attempt() == at.size());
             if (kind == 0) throw std::runtime_error("poison");
             if (kind == 1) throw 42;
@@ -785,7 +800,7 @@ STORE_TEST_CASE("renewals that fail are repeated until the lease can't be truste
         owner_before = c.still_owner();
         auto token = c.token();
         co_await token.cancelled();
-        told = std::chrono::duration_cast<std::chrono::milliseconds>(w.clock.now().time_since_epoch()).count();
+        told = w.ms();
         owner_after = c.still_owner();
         co_return std::string("late");
     }));
@@ -825,15 +840,11 @@ STORE_TEST_CASE("a renewal that succeeds slowly does not extend the trust beyond
     world w(make_store);
     w.add("a");
     std::int64_t told = -1;
-    w.reg->on_call = [&](const std::string& op, const std::string&) {
-        sim::plan p;
-        if (op == "renew") p.delay_after = 20s;
-        return p;
-    };
+    w.slow_answers("renew", 20s);
     runner r(w, w.config([&](process_context& c) -> task<text> {
         auto token = c.token();
         co_await token.cancelled();
-        told = std::chrono::duration_cast<std::chrono::milliseconds>(w.clock.now().time_since_epoch()).count();
+        told = w.ms();
         CHECK_FALSE(c.still_owner());
         co_return std::string("late");
     }));
@@ -859,7 +870,7 @@ STORE_TEST_CASE("a slow renewal counts from when it was asked for") {
     runner r(w, w.config([&](process_context& c) -> task<text> {
         auto token = c.token();
         co_await token.cancelled();
-        if (told < 0) told = std::chrono::duration_cast<std::chrono::milliseconds>(w.clock.now().time_since_epoch()).count();
+        if (told < 0) told = w.ms();
         co_return std::string("late");
     }));
     w.run(50s);
@@ -871,13 +882,9 @@ STORE_TEST_CASE("a body that ends while its lease is being renewed frees its slo
     w.add("a");
     w.add("b");
     std::int64_t second = -1;
-    w.reg->on_call = [&](const std::string& op, const std::string&) {
-        sim::plan p;
-        if (op == "renew") p.delay_after = 5s;
-        return p;
-    };
+    w.slow_answers("renew", 5s);
     auto c = w.config([&](process_context& ctx) -> task<text> {
-        if (ctx.id() == "b") second = std::chrono::duration_cast<std::chrono::milliseconds>(w.clock.now().time_since_epoch()).count();
+        if (ctx.id() == "b") second = w.ms();
         co_await rtb::sleep_for(10100ms);  // the first renewal begins after 10 s
         co_return std::string();
     });
@@ -1006,7 +1013,7 @@ STORE_TEST_CASE("a cancel request during the body: at once here, with the next r
             co_await token.cancelled();
             CHECK(c.cancel_requested());
             CHECK(c.still_owner());
-            told = std::chrono::duration_cast<std::chrono::milliseconds>(w.clock.now().time_since_epoch()).count();
+            told = w.ms();
             if (c.id() == "c") co_return rtb::unexpected(process_error(process_errc::cancelled, "as asked"));
             if (c.id() == "f") co_return rtb::unexpected(process_error("broke"));
             co_return std::string("finished anyway");
@@ -1156,12 +1163,6 @@ STORE_TEST_CASE("stop: bodies are told, then destroyed after the grace; attempts
     w.add("done");
     int told = 0;
     bool destroyed = false;
-    struct on_destroy {
-        bool* b;
-        explicit on_destroy(bool* p) : b(p) {}
-        on_destroy(const on_destroy&) = delete;
-        ~on_destroy() { *b = true; }
-    };
     auto c = w.config([&](process_context& ctx) -> task<text> {
         if (ctx.id() == "rude") {
             on_destroy d(&destroyed);
@@ -1204,12 +1205,6 @@ STORE_TEST_CASE("a second stop gives no more grace than the first") {
     world w(make_store);
     w.add("rude");
     bool destroyed = false;
-    struct on_destroy {
-        bool* b;
-        explicit on_destroy(bool* p) : b(p) {}
-        on_destroy(const on_destroy&) = delete;
-        ~on_destroy() { *b = true; }
-    };
     runner r(w, w.config([&](process_context&) -> task<text> {
         on_destroy d(&destroyed);
         co_await rtb::sleep_for(1h);
@@ -1260,11 +1255,7 @@ STORE_TEST_CASE("stop while a call of the registry is in progress, whichever: it
 STORE_TEST_CASE("a drive that waits for the answers to its claims ends when the stop begins") {
     world w(make_store);
     w.add("a");
-    w.reg->on_call = [&](const std::string& op, const std::string&) {
-        sim::plan p;
-        if (op == "claim") p.delay_after = 10s;
-        return p;
-    };
+    w.slow_answers("claim", 10s);
     rtb::durable_process_worker worker(w.config([](process_context& c) { return echo(c); }));
     auto drive = w.s.spawn(worker.drive_pending());
     w.run(100ms);

@@ -187,14 +187,22 @@ void two_claims() {
     MC_REQUIRE(owner.get() == 1 && fences[0] + fences[1] == 1);
 }
 
+std::shared_ptr<rtb::journal_process_registry> journal_on(sim_disk& disk, rtb::journal_options o = {}) {
+    o.files = &disk;
+    auto opened = rtb::journal_process_registry::open("j", std::move(o));
+    MC_REQUIRE(opened);
+    return *std::move(opened);
+}
+rtb::journal_options without_syncs() {
+    rtb::journal_options o;
+    o.sync = rtb::journal_sync::none;
+    return o;
+}
+
 // Two threads write to one journal: one of them leads, and serves the other.
 void two_writers_of_a_journal() {
     sim_disk disk;
-    rtb::journal_options o;
-    o.files = &disk;
-    auto opened = rtb::journal_process_registry::open("j", o);
-    MC_REQUIRE(opened);
-    const auto registry = *opened;
+    const auto registry = journal_on(disk);
     thread other("other", [&] { MC_REQUIRE(now(registry->register_process(a_row("b")))); });
     MC_REQUIRE(now(registry->register_process(a_row("a"))));
     other.join();
@@ -205,11 +213,8 @@ void two_writers_of_a_journal() {
 void close_of_a_journal() {
     sim_disk disk;
     rtb::journal_options o;
-    o.files = &disk;
     o.compact_above = 1;
-    auto opened = rtb::journal_process_registry::open("j", o);
-    MC_REQUIRE(opened);
-    const auto registry = *opened;
+    const auto registry = journal_on(disk, o);
     thread other("other", [&] {
         auto r = now(registry->register_process(a_row("b")));
         if (!MC_EITHER(r)) MC_REQUIRE(r.error() == rtb::process_errc::closed);
@@ -225,10 +230,7 @@ void close_of_a_journal() {
 // One of two that wait is told that it is its turn to lead, and goes.
 void a_writer_goes_when_it_should_lead() {
     sim_disk disk;
-    rtb::journal_options o;
-    o.files = &disk;
-    o.sync = rtb::journal_sync::none;
-    const auto registry = *rtb::journal_process_registry::open("j", o);
+    const auto registry = journal_on(disk, without_syncs());
     thread other("other", [&] { MC_REQUIRE(now(registry->register_process(a_row("b")))); });
     rtb::scheduler s(quiet());
     auto goes = s.spawn(registry->register_process(a_row("a")));
@@ -246,10 +248,7 @@ void a_writer_goes_when_it_should_lead() {
 // The registry goes, and closes its journal, while a change is on its way.
 void a_journal_goes() {
     sim_disk disk;
-    rtb::journal_options o;
-    o.files = &disk;
-    o.sync = rtb::journal_sync::none;
-    std::shared_ptr<rtb::journal_process_registry> registry = *rtb::journal_process_registry::open("j", o);
+    auto registry = journal_on(disk, without_syncs());
     auto change = registry->register_process(a_row("a"));
     thread other("other", [&] {
         auto r = now(std::move(change));

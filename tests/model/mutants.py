@@ -128,7 +128,8 @@ EQUIVALENT: list = [
     ("joined", "unique_lock", "no lock", "whoever comes here has seen `over` under m, and the report does not change after that"),
     ("sink_state::flush_blocking::unlinked::~unlinked", "unique_lock", "no lock", "linked here only after a forced unwind: tests/child_service_unwind.cpp"),
     ("journal_core::take_lock", "unique_lock", "no lock", "a sleep: nobody else knows this mutex"),
-    ("process_engine::(?:is_active|all_over|launch|stop)", "unique_lock", "no lock", "the control scheduler is the only one that changes what is active"),
+    ("process_engine::(?:is_active|all_over)", "unique_lock", "no lock", "the control scheduler is the only one that changes what is active"),
+    ("process_engine::(?:launch|stop)", "unique_lock", "no lock", "only the control scheduler touches the handle of a row"),
     ("actor_service::destroy_user", "unique_lock", "no lock", "nobody reads the report before `over`, which is set under m"),
 ]
 
