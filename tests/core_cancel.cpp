@@ -733,6 +733,13 @@ TEST_CASE("a stop_token made from a token is stopped with it") {
     CHECK(late.stop_requested());
 }
 
+TEST_CASE("the first stop_token that is made of a cancelled token is stopped") {
+    rtb::cancellation_token token;
+    token.cancel();
+    const std::stop_token stop = token;
+    CHECK(stop.stop_requested());
+}
+
 TEST_CASE("a stop_token may outlive the token it was made from") {
     auto token = std::make_unique<rtb::cancellation_token>();
     const std::stop_token stop = *token;

@@ -588,7 +588,7 @@ MC_UNTRACKED inline void release(void* p) noexcept {
         if (g != nullptr) g->fail("delete of memory that is not allocated (or twice)");
         std::abort();
     }
-    if (h->tracked == 0 || g_off) {
+    if (g_off) {
         h->magic = 0;
         std::free(h);
         return;
@@ -597,7 +597,7 @@ MC_UNTRACKED inline void release(void* p) noexcept {
 #if defined(__SANITIZE_THREAD__)
     g->access(reinterpret_cast<std::uintptr_t>(p), h->size, true, __builtin_return_address(0), true);
 #endif
-    --g->live_blocks;
+    g->live_blocks -= h->tracked;
     h->magic = 0;
     std::memset(p, 0xdd, h->size);
     g->quarantine.push_back(h);

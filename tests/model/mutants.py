@@ -135,7 +135,6 @@ EQUIVALENT: list = [
 
 # Sites that neither a kernel nor a test of SUITE reaches: the same, and why that is so, or which other test reaches them.
 NOT_REACHED: list = [
-    ("cancellation_token::std::stop_token", "if (now)", "", "a token that is cancelled between two looks"),
     ("worker::join", "while (joining && !over)", "", "who joins for the second time comes after `over`"),
     ("blocking_pool::submit", "", "", "only if the system refuses a thread: tests/alloc_failpoints.cpp, run_blocking"),
     ("runtime_bridge::request", "clear_edge(leader)", "", "a call from a worker that finds the other bridge closed; nothing waits then"),
@@ -581,7 +580,7 @@ def run(a, folder, mutants, stale) -> int:
     with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
         list(pool.map(lambda task: task[0].build(task[1]), [(p, races) for p in programs for races in (False, True)]))
         list(pool.map(lambda p: p.cover(), programs))
-        if not a.only and not a.earlier:
+        if not a.only:
             list(pool.map(lambda p: p.clean(True), programs))
         if not a.quick:
             suite.build(pool)

@@ -161,6 +161,23 @@ void relaxed_count() { two_holders(std::memory_order_relaxed); }
 void releasing_count() { two_holders(std::memory_order_release); }
 void ordered_count() { two_holders(std::memory_order_acq_rel); }
 
+// A thread's captures go with it; memory of a later thread's may not inherit who used it.
+void captures_that_change() {
+    std::array<long, 8> a{}, b{};
+    mc::thread first("first", [a]() mutable { a[0] = 1; });
+    mc::thread second("second", [b]() mutable { b[0] = 1; });
+    first.join();
+    second.join();
+}
+#if defined(__SANITIZE_THREAD__)
+void racing_writes() {
+    int plain = 0;
+    mc::thread other("other", [&plain] { plain = 1; });
+    plain = 2;
+    other.join();
+}
+#endif
+
 /// What the child that runs this printed, if it failed.
 std::string failing(void (*body)(), const std::string& replay = {}) {
     int pipe_of[2];
@@ -228,10 +245,18 @@ int main(int argc, char** argv) {
         ++failed;
         std::printf("an object that goes too early is not noticed\n");
     }
-    if (const std::string text = failing(ordered_count); !text.empty()) {
+    for (void (*const body)() : {ordered_count, captures_that_change}) {
+        const std::string text = failing(body);
+        if (text.empty()) continue;
         ++failed;
-        std::printf("a count that is in order is reported\n%s\n", text.c_str());
+        std::printf("a program that is in order is reported\n%s\n", text.c_str());
     }
+#if defined(__SANITIZE_THREAD__)
+    if (failing(racing_writes).find("data race: a write of 4 bytes") == std::string::npos) {
+        ++failed;
+        std::printf("a race is not noticed\n");
+    }
+#endif
     std::printf("%d programs, %llu executions, %llu reduced, %d failed\n", programs, static_cast<unsigned long long>(all), static_cast<unsigned long long>(reduced), failed);
     return failed == 0 ? 0 : 1;
 }
