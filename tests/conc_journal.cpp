@@ -23,9 +23,9 @@ using rtb::journal_state;
 using rtb::process_errc;
 using opened = rtb::expected<std::shared_ptr<journal_process_registry>, rtb::process_error>;
 
-// Every call of the file system where that is quick, else a part of them.
-#if THREAD_SANITIZER
-constexpr std::size_t k_stride = 11;
+// Every call of the file system and every byte where that is quick, else a part of them.
+#if SANITIZED
+constexpr std::size_t k_stride = 23;
 #elif defined(__OPTIMIZE__)
 constexpr std::size_t k_stride = 1;
 #else
@@ -142,7 +142,7 @@ TEST_CASE("a crash during recovery is recovered from") {
     const silence quiet;
     const reference ref;
     std::size_t interrupted = 0;
-    for (std::size_t at = 20; at < ref.calls; at += 7) {
+    for (std::size_t at = 20; at < ref.calls; at += 7 * std::min<std::size_t>(k_stride, 5)) {
         sim_disk d;
         d.crash_at = at;
         d.crash_kind = sim_disk::crash::torn;
@@ -172,14 +172,14 @@ TEST_CASE("a crash during recovery is recovered from") {
             check_reopened(found.restarted(sim_disk::loss::nothing), ref, acknowledged, acknowledged + 1);
         }
     }
-    CHECK(interrupted > 100);
+    CHECK(interrupted > 100 / k_stride);
 }
 
 TEST_CASE("with the interval policy a crash of the program loses nothing, and a loss of power nothing that was started or ended") {
     const silence quiet;
     for (const rtb::journal_sync sync : {rtb::journal_sync::interval, rtb::journal_sync::none}) {
         const reference ref(sync);
-        for (std::size_t at = 1; at <= ref.calls; ++at) {
+        for (std::size_t at = 1; at <= ref.calls; at += k_stride) {
             sim_disk d;
             d.crash_at = at;
             d.crash_kind = at % 2 == 0 ? sim_disk::crash::before : sim_disk::crash::torn;
@@ -252,9 +252,9 @@ TEST_CASE("damage of any kind gives a prefix of what happened, or is refused") {
         REQUIRE(digest(c.table) == prefixes[static_cast<std::size_t>(c.records)]);
         ++(c.records == prefixes.size() - 1 ? whole : shorter);
     };
-    for (std::size_t n = 0; n <= file.size(); ++n) look(bytes(file.begin(), file.begin() + static_cast<std::ptrdiff_t>(n)));
-    CHECK(refused >= begins[static_cast<std::size_t>(2)]);  // at least: a header or a snapshot that is cut
-    for (std::size_t i = 0; i < file.size(); ++i)
+    for (std::size_t n = 0; n <= file.size(); n += k_stride) look(bytes(file.begin(), file.begin() + static_cast<std::ptrdiff_t>(n)));
+    CHECK(refused >= begins[static_cast<std::size_t>(2)] / k_stride);  // at least: a header or a snapshot that is cut
+    for (std::size_t i = 0; i < file.size(); i += k_stride)
         for (const unsigned bit : {0u, 3u, 7u}) {
             bytes b = file;
             b[i] ^= static_cast<std::byte>(1u << bit);
@@ -267,14 +267,14 @@ TEST_CASE("damage of any kind gives a prefix of what happened, or is refused") {
             for (std::size_t i = at; i < (std::min)(at + 512, b.size()); ++i) b[i] = with == 0 ? std::byte{0} : static_cast<std::byte>(r.next());
             look(b);
         }
-    CHECK(refused > 1000);
-    CHECK(shorter > 100);
-    CHECK(whole > 10);
+    CHECK(refused > 1000 / k_stride);
+    CHECK(shorter > 100 / k_stride);
+    CHECK(whole > 10 / k_stride);
     // After a clean end even damage of the last records is seen: a later one vouches for them.
     const bytes& closed = ref.closed_file;
     const std::vector<std::size_t> records = boundaries(closed);
     const std::size_t mark = records[records.size() - 2];
-    for (std::size_t i = 0; i < mark; ++i) {
+    for (std::size_t i = 0; i < mark; i += k_stride) {
         bytes b = closed;
         b[i] ^= std::byte{0x10};
         const detail::journal_contents c = parsed(b);

@@ -3,7 +3,7 @@
 // waits. The store is in memory, or a journal on a simulated disk: then the disk fails too, and the machine crashes at any
 // call of the disk, with any part of what was not synced, and comes back with another wall clock.
 // The invariants are checked after every step. Each seed runs twice and must do the same both times.
-//   RTB_SIM_SEEDS=n   how many seeds (default: 1000 if optimised, else 30, with a sanitizer 10; over a journal one for 33)
+//   RTB_SIM_SEEDS=n   how many seeds (default: 500 if optimised, else 20, with a sanitizer 5; over a journal one for 33)
 //   RTB_SIM_FROM=n    the first of them (default: 1)
 //   RTB_SIM_SEED=s    only that one, with its trace
 // ctest-timeout: 7200
@@ -553,7 +553,7 @@ constexpr bool k_fast = !k_sanitized;
 constexpr bool k_fast = false;
 #endif
 
-constexpr std::uint64_t default_seeds = k_fast ? 1000 : k_sanitized ? 10 : 30;
+constexpr std::uint64_t default_seeds = k_fast ? 500 : k_sanitized ? 5 : 20;
 void simulate_all(bool on_disk) {
     rtb::set_log_handler(nullptr);
     const std::uint64_t only = number("RTB_SIM_SEED", 0), first = only != 0 ? only : number("RTB_SIM_FROM", 1);

@@ -3,6 +3,7 @@
 // RTB_SIM_SEEDS=N runs the seeds 1 ... N, RTB_SIM_SEED=N that one only. The seed of a failure is printed.
 // SPDX-License-Identifier: MIT
 #include "conc_sink_support.hpp"
+#include "sanitizers.hpp"
 
 #include <doctest/doctest.h>
 
@@ -470,7 +471,7 @@ std::uint64_t number_from(const char* name, std::uint64_t otherwise) {
 
 TEST_CASE("random runs agree with the reference") {
     const std::uint64_t only = number_from("RTB_SIM_SEED", 0);
-    const std::uint64_t seeds = number_from("RTB_SIM_SEEDS", 5000);
+    const std::uint64_t seeds = number_from("RTB_SIM_SEEDS", SANITIZED ? 1500 : 5000);
     int failures = 0;
     totals t;
     for (std::uint64_t seed = only != 0 ? only : 1; seed <= (only != 0 ? only : seeds); ++seed) {

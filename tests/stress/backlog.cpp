@@ -149,7 +149,7 @@ void one_runs(int rows) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int rows = argc > 1 ? std::atoi(argv[1]) : SANITIZED != 0 ? 10000 : 100000;
+    const int rows = argc > 1 ? std::atoi(argv[1]) : SANITIZED ? 3000 : 100000;
     all_run(rows, 1);
     all_run(rows, 16);
     one_runs(rows);
