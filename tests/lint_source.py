@@ -18,6 +18,7 @@ In the two headers:
   include     a header that the library promises not to include
 A plain run in a git checkout also looks at what git tracks:
   layout      a visible top-level entry that was not agreed on, or what an editor or a patch left behind
+  steps       a step of .ci/run that README.md does not show as it is, or a row there without such a step
 
 '// lint-ok: reason' on a line of the statement, or on the line above it, exempts the statement.
 '// lint-ok-file: reason' exempts a file from the co_await rules.
@@ -419,6 +420,24 @@ def check_layout(tracked):
     return found
 
 
+def ci_rows(script):
+    """The rows of the README's table for the text of .ci/run: each step with its options."""
+    names = dict(re.findall(r"^(\w+)=([\w+-]+)$", script, re.M))
+    rows = []
+    for name, options in re.findall(r'^ *step "([^"]+)" +(.*)$', script, re.M):
+        options = re.sub(r"\$(\w+)", lambda m: names[m.group(1)], options)
+        rows.append(f"| {name} | `{' '.join(options.split())}` |")
+    return rows
+
+
+def check_steps(script, readme):
+    """Compare .ci/run and the README's table, the rows of which end with the options in backquotes."""
+    begin = readme.find("\n| step ")
+    table = readme[begin + 1:readme.find("\n\n", begin)].split("\n")[2:] if begin >= 0 else []
+    want = ci_rows(script)
+    return [f"missing: {row}" for row in want if row not in table] + [f"no such step: {row}" for row in table if row not in want]
+
+
 def tracked_files():
     """What git tracks; nothing outside of a checkout of this repository."""
     if not (ROOT / ".git").exists():
@@ -565,11 +584,16 @@ def self_test():
     if [name for name, _ in check_layout(names)] != names[3:]:
         wrong += 1
         print(f"lint_source: self-test: layout: {check_layout(names)}")
+    script, readme = 'cxx=clang++-19\nstep "a"   --opt O2 --parts x,y\n    step "b" --compiler $cxx\n', "\n| step | options |\n|---|---|\n| a | `--opt O2 --parts x,y` |\n"
+    row = "| b | `--compiler clang++-19` |"
+    if check_steps(script, f"{readme}{row}\n\n") or len(check_steps(script, readme + "\n")) != 1 or len(check_steps(script, f"{readme}{row}\n| c | `` |\n\n")) != 1:
+        wrong += 1
+        print("lint_source: self-test: steps")
     missed = {"condition", "logic", "lambda", "braces", "binding", "unfinished", "port", "include"} - {c[0] for c in cases}
     if missed:
         wrong += 1
         print(f"lint_source: self-test: no case for {sorted(missed)}")
-    print(f"lint_source: self-test " + (f"failed, {wrong} wrong" if wrong else f"ok, {len(cases) + 2} cases"))
+    print(f"lint_source: self-test " + (f"failed, {wrong} wrong" if wrong else f"ok, {len(cases) + 3} cases"))
     return 1 if wrong else 0
 
 
@@ -584,6 +608,10 @@ def main(arguments):
     count = 0
     for name, message in check_layout([] if arguments else tracked_files()):
         print(f"{name}:1: layout: {message}")
+        count += 1
+    script, readme = ROOT / ".ci/run", ROOT / "README.md"
+    for message in check_steps(script.read_text(encoding="utf-8"), readme.read_text(encoding="utf-8")) if not arguments and script.exists() else ():
+        print(f"README.md:1: steps: {message}")
         count += 1
     for path in files:
         for line, rule, message in check_path(path):

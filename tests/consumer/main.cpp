@@ -1,5 +1,6 @@
 // What a user's program does with the library; built in three ways by run.sh.
 // SPDX-License-Identifier: MIT
+#define RTB_NO_PROCESSES  // not needed here
 #include <concurrency.hpp>
 #include <runtime_bridge.hpp>
 
