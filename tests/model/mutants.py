@@ -100,6 +100,7 @@ FIRST = [
     ("sink_service::count_write", ["sink: a push is written without a flush"]),
     ("periodic_service::main", ["periodic: trigger against sleep"]),
     ("join_leaf::.*", ["sink: a joiner gives up"]),
+    ("worker::drop_ref", ["runner: it comes back", "runner: it is given up"]),
 ]
 
 # Survivors that break nothing: where (function, or "" for any), text of the line, kind ("" for any), the reason.
@@ -115,7 +116,6 @@ EQUIVALENT: list = [
     ("sched_core::close", "request_stop", "", "destroy_all() refuses work by `closed` and `dead`"),
     ("sched_core::close", "unique_lock", "no lock", "end_pool() has waited for all who could still come"),
     ("sched_core::close", "drain_locked", "", "nobody looks into the inbox any more; it leaves no pointer behind"),
-    ("worker::drop_ref", "", "relaxed", "a worker that is not joined waits for the thread that let it go, so its end happens after"),
     ("worker::abandon", "", "", "nobody joins a worker that is given up"),
     ("wait_on|runtime_bridge::request", "clear_edge(leader)", "", "an edge whose time is over counts for nobody"),
     ("runtime_bridge::shutdown", "clear_edge(leader)", "", "the target has ended, or the time is over: the edge leads nowhere"),
