@@ -1,6 +1,7 @@
 // background_sink against a reference: random producers, a random faulty drain, random ends, under a seeded scheduler.
 //
-// RTB_SIM_SEEDS=N runs the seeds 1 ... N, RTB_SIM_SEED=N that one only. The seed of a failure is printed.
+// RTB_SIM_SEEDS=N runs the seeds 1 ... N (default: 5000, with a sanitizer 1500), RTB_SIM_SEED=N that one only. The seed of a
+// failure is printed.
 // SPDX-License-Identifier: MIT
 #include "conc_sink_support.hpp"
 #include "sanitizers.hpp"

@@ -16,8 +16,8 @@ In the two headers:
   port        outside // >>port-begin ... // >>port-end: a threading facility of std::, the clock, or the order seq_cst,
               which no port is asked for
   include     a header that the library promises not to include
-A plain run in a git checkout also looks at what git tracks:
-  layout      a visible top-level entry that was not agreed on, or what an editor or a patch left behind
+A plain run also looks at the project as a whole:
+  layout      a visible top-level entry that git tracks and that was not agreed on, or what an editor or a patch left behind
   steps       a step of .ci/run that README.md does not show as it is, or a row there without such a step
 
 '// lint-ok: reason' on a line of the statement, or on the line above it, exempts the statement.
@@ -606,12 +606,14 @@ def main(arguments):
         return 2
     files = [pathlib.Path(argument).resolve() for argument in arguments] or default_files()
     count = 0
-    for name, message in check_layout([] if arguments else tracked_files()):
-        print(f"{name}:1: layout: {message}")
-        count += 1
-    script, readme = ROOT / ".ci/run", ROOT / "README.md"
-    for message in check_steps(script.read_text(encoding="utf-8"), readme.read_text(encoding="utf-8")) if not arguments and script.exists() else ():
-        print(f"README.md:1: steps: {message}")
+    whole = []
+    if not arguments:
+        whole += [(name, "layout", message) for name, message in check_layout(tracked_files())]
+        texts = [path.read_text(encoding="utf-8") for path in (ROOT / ".ci/run", ROOT / "README.md") if path.exists()]
+        if len(texts) == 2:
+            whole += [("README.md", "steps", message) for message in check_steps(*texts)]
+    for name, rule, message in whole:
+        print(f"{name}:1: {rule}: {message}")
         count += 1
     for path in files:
         for line, rule, message in check_path(path):

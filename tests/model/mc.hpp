@@ -593,6 +593,8 @@ MC_UNTRACKED inline void release(void* p) noexcept {
         std::free(h);
         return;
     }
+    // Kept until the end of the execution, what the engine allocated (a thread's captures) as well: who gets the memory next must
+    // not inherit the accesses on record.
     engine_scope in;
 #if defined(__SANITIZE_THREAD__)
     g->access(reinterpret_cast<std::uintptr_t>(p), h->size, true, __builtin_return_address(0), true);
